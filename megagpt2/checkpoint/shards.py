@@ -1,0 +1,91 @@
+"""Optimizer state as named slices: one file per rank, each slice saying where in the whole tensor it lies.
+
+    optimizer/rank_00003.safetensors:  "exp_avg/h.0.attn.c_attn.weight" fp32 [n], ...
+    its metadata, "slices":            {"h.0.attn.c_attn.weight": {"shape", "dim", "ranges", "padding", "start", "stop"}}
+
+The slice is elements start .. stop - 1 of the flattened tensor-parallel shard, which is the concatenation along
+`dim` of the whole tensor's `ranges`. Any layout can therefore read what any other wrote.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megagpt2.checkpoint.store import CheckpointError
+from megagpt2.model.parameters import Spec
+
+Slice = tuple[Spec, int, dict[str, Tensor]]  # parameter, first element, {"master" | "exp_avg" | ...: fp32 [n]}
+
+
+def write_slices(path: Path, slices: Iterable[Slice]) -> None:
+    """One rank's slices, as one file."""
+    tensors, places = {}, {}
+    for spec, start, parts in slices:
+        if not parts:  # an fp32 run of an optimizer without moments: its weights are all of its state
+            continue
+        for kind, tensor in parts.items():
+            tensors[f"{kind}/{spec.name}"] = tensor.detach().cpu().contiguous()
+            stop = start + tensor.numel()
+        places[spec.name] = {
+            "shape": spec.shape, "dim": spec.dim, "ranges": spec.ranges, "padding": spec.padding,
+            "start": start, "stop": stop,
+        }
+    save_file(tensors, path, metadata={"slices": json.dumps(places)})
+
+
+class SliceReader:
+    """Whole tensors from all ranks' files; memory of one tensor at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places: dict[str, list[tuple[Path, dict]]] = {}
+        self.kinds: set[str] = set()
+        files = sorted(folder.glob("rank_*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} holds no optimizer state")
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as f:
+                    slices = json.loads((f.metadata() or {})["slices"])
+                    self.kinds |= {key.split("/", 1)[0] for key in f.keys()}  # noqa: SIM118 - not a dict
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                raise CheckpointError(f"{path} is not a file of optimizer slices: {error}") from None
+            for name, place in slices.items():
+                self.places.setdefault(name, []).append((path, place))
+
+    def read(self, kind: str, spec: Spec) -> Tensor:
+        """The whole tensor of one kind ("master", "exp_avg", "exp_avg_sq") of a parameter, fp32."""
+        if spec.name not in self.places:
+            raise CheckpointError(f"{self.folder} has no state of {spec.name}: is it another model?")
+        whole = torch.empty(spec.shape)
+        covered = torch.zeros(spec.shape, dtype=torch.bool)
+        shards: dict[tuple, list[tuple[Path, dict]]] = {}
+        for path, place in self.places[spec.name]:
+            if tuple(place["shape"]) != spec.shape:
+                raise CheckpointError(f"{path}: {spec.name} has shape {place['shape']}, the model {list(spec.shape)}")
+            shards.setdefault(tuple(map(tuple, place["ranges"])), []).append((path, place))
+        for ranges, pieces in shards.items():
+            dim, padding = pieces[0][1]["dim"], pieces[0][1]["padding"]
+            shard = Spec(spec.name, spec.shape, dim=dim, ranges=ranges, padding=padding)
+            local = torch.empty(shard.local_shape).flatten()
+            here = torch.zeros(local.shape, dtype=torch.bool)
+            for path, place in pieces:
+                with safe_open(path, framework="pt") as f:
+                    local[place["start"] : place["stop"]] = f.get_tensor(f"{kind}/{spec.name}")
+                here[place["start"] : place["stop"]] = True
+            shard.place(local.view(shard.local_shape), whole)
+            shard.place(here.view(shard.local_shape), covered)
+        if not covered.all():
+            raise CheckpointError(f"{self.folder}: parts of {kind}/{spec.name} are in no file")
+        return whole
+
+    def local_value(self, kind: str, spec: Spec) -> Tensor:
+        """This rank's part."""
+        return spec.local(self.read(kind, spec))

@@ -1,0 +1,343 @@
+"""The one table of legal combinations: the check before the first process group, the docs and the tests use
+it.
+
+    plan = check(config, Facts.detect(world_size, config.training.device))
+
+`check` returns what follows from a legal request (`Plan`), or raises `IllegalRequest` with one sentence per
+violated rule. What it suggests instead has itself been checked against every rule.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, product
+
+from pydantic import ValidationError
+
+from megagpt2.config import refusals, yaml_format
+from megagpt2.config.batching import accumulation_steps, ramped_batch
+from megagpt2.config.errors import ConfigError
+from megagpt2.config.facts import Facts
+from megagpt2.config.refusals import Change, Refusal
+from megagpt2.config.schema import Config
+
+__all__ = [
+    "RULES",
+    "Facts",
+    "IllegalRequest",
+    "Plan",
+    "Rule",
+    "Violation",
+    "accumulation_steps",
+    "check",
+    "legal_layouts",
+    "ramped_batch",
+    "rules_table_markdown",
+    "violations",
+]
+
+SHOWN = 2
+"""Suggestions shown for one combination of fields."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that can't be."""
+
+    name: str
+    forbids: str
+    """One sentence for the docs."""
+    check: Callable[[Config, Facts], Refusal | None]
+
+
+RULES: tuple[Rule, ...] = (
+    Rule("deepspeed-present", "Training without DeepSpeed.", refusals.deepspeed_present),
+    Rule("device-present", "A `training.device` that the machine has not.", refusals.device_present),
+    Rule(
+        "world-divides",
+        "A number of ranks that is no multiple of `tensor_parallel` x `pipeline_parallel`.",
+        refusals.world_divides,
+    ),
+    Rule(
+        "heads-over-tensor",
+        "More tensor-parallel ranks than heads (an uneven split is legal: 25 heads over 8 ranks).",
+        refusals.heads_over_tensor,
+    ),
+    Rule(
+        "matrices-over-tensor",
+        "More tensor-parallel ranks than MLP columns or rows of the padded vocabulary.",
+        refusals.matrices_over_tensor,
+    ),
+    Rule("layers-over-pipeline", "More pipeline stages than layers.", refusals.layers_over_pipeline),
+    Rule("zero-with-pipeline", "ZeRO stage 2 or 3 with a pipeline.", refusals.zero_with_pipeline),
+    Rule(
+        "sequence-needs-tensor",
+        "`sequence_parallel` without `tensor_parallel` > 1.",
+        refusals.sequence_needs_tensor,
+    ),
+    Rule(
+        "sequence-splits",
+        "Under `sequence_parallel`, a `sequence_length` that is no multiple of `tensor_parallel`.",
+        refusals.sequence_splits,
+    ),
+    Rule("sequence-fits", "A `sequence_length` above `model.context`.", refusals.sequence_fits),
+    Rule(
+        "batch-divides",
+        "A `global_batch` that is no multiple of `micro_batch` x data-parallel size.",
+        refusals.batch_divides,
+    ),
+    Rule(
+        "ramp-fits",
+        "A batch ramp whose `start` or `increment` is no multiple of `micro_batch` x data-parallel size, or "
+        "that starts above `global_batch`.",
+        refusals.ramp_fits,
+    ),
+    Rule("fp16-usable", "fp16 on a device that does not compute it.", refusals.fp16_usable),
+    Rule(
+        "bf16-usable",
+        "bf16 on a GPU that does not compute it (on a CPU without it, it is emulated, with a warning).",
+        refusals.bf16_usable,
+    ),
+    Rule(
+        "warmup-fits",
+        "A warm-up longer than `decay_steps`, or under `wsd` than the part before the decay.",
+        refusals.warmup_fits,
+    ),
+    Rule("validation-has-data", "`validation.every` without `data.valid`.", refusals.validation_has_data),
+    Rule(
+        "samples-have-tokenizer",
+        "`monitor.sample_every` without `data.tokenizer`.",
+        refusals.samples_have_tokenizer,
+    ),
+    Rule(
+        "deepspeed-contradicts",
+        "A key in `deepspeed` that one of our fields decides.",
+        refusals.deepspeed_contradicts,
+    ),
+    Rule(
+        "parameters-offload",
+        "`deepspeed.zero_optimization.offload_param` below `zero_stage` 3.",
+        refusals.parameters_offload,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from a legal request on a machine: everything resolved, nothing `auto`."""
+
+    world_size: int
+    tensor: int
+    pipeline: int
+    data: int
+    sequence_parallel: bool
+    zero_stage: int
+    activation_checkpointing: str
+    device: str
+    precision: str
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    """Micro-batches per rank and step, once a ramp-up has ended."""
+    sequence_length: int
+    warnings: tuple[str, ...] = ()
+    """Legal, but wasteful or slow; one sentence each."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step trains on, over all ranks."""
+        return self.global_batch * self.sequence_length
+
+    @property
+    def name(self) -> str:
+        """A short name of the layout: tp2-pp1-dp4-sp-zero1-full."""
+        parts = [f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}"]
+        parts += ["sp"] * self.sequence_parallel + [f"zero{self.zero_stage}", self.activation_checkpointing]
+        return "-".join(parts)
+
+    def changes(self) -> dict[str, object]:
+        """The layout as dotted fields, for `Config.replace`."""
+        return {
+            "parallel.tensor_parallel": self.tensor,
+            "parallel.pipeline_parallel": self.pipeline,
+            "parallel.sequence_parallel": self.sequence_parallel,
+            "parallel.zero_stage": self.zero_stage,
+            "parallel.activation_checkpointing": self.activation_checkpointing,
+        }
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A violated rule, with the legal requests that are nearest."""
+
+    rule: str
+    refusal: Refusal
+    suggestions: tuple[Change, ...]
+
+    def __str__(self) -> str:
+        sentence = f"{self.refusal.field}: {self.refusal.asked} was asked, but {self.refusal.why}"
+        remedy = self.refusal.remedy or _rendered(self.refusal.field, self.suggestions)
+        return f"{sentence}; {remedy}" if remedy else sentence
+
+
+class IllegalRequest(ConfigError):
+    """A request that breaks rules; `violations` holds them, the message has one sentence for each."""
+
+    def __init__(self, found: Iterable[Violation]) -> None:
+        self.violations = tuple(found)
+        super().__init__("\n".join(str(violation) for violation in self.violations))
+
+
+def check(config: Config, facts: Facts) -> Plan:
+    """What follows from the request on this machine. Raises IllegalRequest where a rule forbids it."""
+    found = violations(config, facts)
+    if found:
+        raise IllegalRequest(found)
+    parallel, batch = config.parallel, config.batch
+    data = refusals.data_parallel(config, facts)
+    assert data is not None  # world-divides
+    plan = Plan(
+        world_size=facts.world_size,
+        tensor=parallel.tensor_parallel,
+        pipeline=parallel.pipeline_parallel,
+        data=data,
+        sequence_parallel=parallel.sequence_parallel,
+        zero_stage=parallel.zero_stage,
+        activation_checkpointing=parallel.activation_checkpointing,
+        device=facts.device,
+        precision=refusals.resolved_precision(config, facts),
+        global_batch=batch.global_batch,
+        micro_batch=batch.micro_batch,
+        accumulation=accumulation_steps(batch.global_batch, batch.micro_batch, data),
+        sequence_length=config.sequence_length,
+    )
+    return replace(plan, warnings=tuple(_warnings(config, facts, plan)))
+
+
+def violations(config: Config, facts: Facts) -> list[Violation]:
+    """All violated rules, in the table's order, with suggestions."""
+    refused = _refused(config, facts)
+    return [
+        Violation(name, refusal, _suggestions(config, facts, name, refusal, set(refused)))
+        for name, refusal in refused.items()
+    ]
+
+
+def legal_layouts(config: Config, world_sizes: Iterable[int], facts: Facts) -> Iterator[Plan]:
+    """Every legal way to spread this configuration over each number of ranks.
+
+    Batch, model and the rest stay as they are, so that a layout whose data-parallel size does not divide the
+    batch is left out. `config.replace(plan.changes())` is the request behind a plan.
+    """
+    for world_size in world_sizes:
+        here = replace(facts, world_size=world_size)
+        divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        for tensor, pipeline, sequence, zero, recompute in product(
+            divisors, divisors, (False, True), range(4), ("none", "selective", "full")
+        ):
+            asked = config.replace(
+                {
+                    "parallel.tensor_parallel": tensor,
+                    "parallel.pipeline_parallel": pipeline,
+                    "parallel.sequence_parallel": sequence,
+                    "parallel.zero_stage": zero,
+                    "parallel.activation_checkpointing": recompute,
+                }
+            )
+            if not _refused(asked, here):
+                yield check(asked, here)
+
+
+def rules_table_markdown() -> str:
+    """The table for docs/reference/config.md."""
+    lines = ["| Rule | Refused |", "|---|---|"]
+    lines += [f"| {rule.name} | {rule.forbids} |" for rule in RULES]
+    return "\n".join(lines) + "\n"
+
+
+def _refused(config: Config, facts: Facts) -> dict[str, Refusal]:
+    return {rule.name: refusal for rule in RULES if (refusal := rule.check(config, facts)) is not None}
+
+
+def _suggestions(
+    config: Config, facts: Facts, name: str, refusal: Refusal, before: set[str]
+) -> tuple[Change, ...]:
+    """The nearest candidates that end this violation and cause no other; where there are none, the nearest
+    ones together with what the other rules then ask for."""
+    candidates = list(islice(refusal.candidates, 400))
+    legal = [change for change in candidates if _cures(config, facts, change, before - {name})]
+    if not legal:
+        extended = (_extended(config, facts, change, before - {name}) for change in candidates[:16])
+        legal = [change for change in extended if change is not None][:SHOWN]
+    shown: dict[tuple[str, ...], list[Change]] = {}
+    for change in legal:
+        group = shown.setdefault(tuple(change), [])
+        if len(group) < SHOWN and change not in group:
+            group.append(change)
+    simple = [change for keys, group in shown.items() if len(keys) == 1 for change in group]
+    return tuple(simple or [change for group in shown.values() for change in group][:SHOWN])
+
+
+def _cures(config: Config, facts: Facts, change: Change, others: set[str]) -> bool:
+    """Does the change leave only violations that were there besides?"""
+    try:
+        return set(_refused(config.replace(change), facts)) <= others
+    except ValidationError:
+        return False
+
+
+def _extended(
+    config: Config, facts: Facts, change: Change, others: set[str], depth: int = 2
+) -> Change | None:
+    """The change with further ones that end the violations which it causes, or None."""
+    try:
+        changed = config.replace(change)
+    except ValidationError:
+        return None
+    new = {name: refusal for name, refusal in _refused(changed, facts).items() if name not in others}
+    if not new:
+        return change
+    if not depth:
+        return None
+    for further in islice(next(iter(new.values())).candidates, 8):
+        if set(further).isdisjoint(change) and (
+            found := _extended(config, facts, {**change, **further}, others, depth - 1)
+        ):
+            return found
+    return None
+
+
+def _rendered(field: str, suggestions: tuple[Change, ...]) -> str:
+    """'nearest legal values: 4, 5' for the named field, 'or other.field=2' for others."""
+    own = [_text(change[field]) for change in suggestions if set(change) == {field}]
+    others = [
+        " with ".join(f"{key}={_text(value)}" for key, value in change.items())
+        for change in suggestions
+        if set(change) != {field}
+    ]
+    parts = [f"nearest legal value{'s' if len(own) > 1 else ''}: {', '.join(own)}"] if own else []
+    parts += [f"{'or' if own else 'nearest legal:'} {' or '.join(others)}"] if others else []
+    return ", ".join(parts)
+
+
+def _text(value: object) -> str:
+    """As it would stand in an override."""
+    return yaml_format.dump(value).removesuffix("...\n").strip()
+
+
+def _warnings(config: Config, facts: Facts, plan: Plan) -> Iterator[str]:
+    """What is legal, but wasteful or slow."""
+    if plan.pipeline > 1 and plan.accumulation < plan.pipeline:
+        idle = (plan.pipeline - 1) / (plan.accumulation + plan.pipeline - 1)
+        yield (
+            f"batch: {plan.accumulation} micro-batches per step over {plan.pipeline} pipeline stages leave each "
+            f"stage idle {idle:.0%} of the time; a larger global_batch or a smaller micro_batch helps"
+        )
+    heads, tensor = config.model.heads, plan.tensor
+    if heads % tensor:
+        most = -(-heads // tensor)
+        yield (
+            f"parallel.tensor_parallel: {heads} heads over {tensor} ranks are {most} on some and "
+            f"{heads // tensor} on others, which leaves {1 - heads / (most * tensor):.0%} of attention idle"
+        )
+    if plan.precision == "bf16" and not facts.bf16:
+        yield "training.precision: this CPU emulates bf16, which is slower than fp32"

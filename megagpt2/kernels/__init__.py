@@ -1,0 +1,1 @@
+"""One file per operator: its contract, a reference in plain torch, and its gradient. No ranks in here."""

@@ -1,0 +1,55 @@
+"""Multi-head causal self-attention (Vaswani et al. 2017, section 3.2.2; GPT-2's order of q, k, v)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megagpt2.model.layers import Builder, Dropout
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -> Tensor:
+    """softmax(q k^T / sqrt(d), causal) v for q, k, v [batch, heads, sequence, d].
+
+    SDPA's fused kernels draw dropout from a generator of their own, not from (sample, coordinate): with attention
+    dropout the weights are written out.
+    """
+    if not drop.active:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [batch, heads, query, key]
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return drop(weights, samples) @ v
+
+
+class Attention(nn.Module):
+    """How many heads are here follows from the projection's width: a rank may hold any share of them."""
+
+    def __init__(
+        self, build: Builder, name: str, layer: int, *, width: int, heads: int, dropout: float,
+        std: float, residual_std: float, recompute: bool,
+    ) -> None:
+        super().__init__()
+        self.head_width = width // heads
+        self.c_attn = build.column_linear(f"{name}.c_attn", width, parts=3, units=heads, unit=self.head_width, std=std)
+        self.c_proj = build.row_linear(f"{name}.c_proj", width, units=heads, unit=self.head_width, std=residual_std)
+        self.dropout = build.dropout(dropout, layer, "attention", heads=heads)
+        self.recompute = recompute  # "selective" (Korthikanti et al. 2022, section 5): scores are made again
+
+    def forward(self, x: Tensor, samples: Tensor) -> Tensor:
+        qkv = self.c_attn(x)  # [batch, sequence, 3 * local heads * head width]
+        batch, sequence, _ = qkv.shape
+        qkv = qkv.view(batch, sequence, 3, -1, self.head_width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [batch, local heads, sequence, head width]
+        if self.recompute and torch.is_grad_enabled():
+            y = checkpoint(
+                causal_attention, q, k, v, samples, self.dropout, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            y = causal_attention(q, k, v, samples, self.dropout)
+        y = y.transpose(1, 2).reshape(batch, sequence, -1)  # [batch, sequence, local heads * head width]
+        return self.c_proj(y)

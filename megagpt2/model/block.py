@@ -1,0 +1,53 @@
+"""A transformer block: GPT-2's pre-LN form, and GPT-1's post-LN form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megagpt2.model.attention import Attention
+from megagpt2.model.layers import Builder
+from megagpt2.model.mlp import MLP
+
+State = tuple[Tensor, Tensor]  # hidden [batch, sequence, width], sample numbers int64 [batch]
+
+
+class Block(nn.Module):
+    """pre:  x + attn(ln_1(x)), then x + mlp(ln_2(x))     (Radford et al. 2019, section 2.3)
+    post: ln_1(x + attn(x)), then ln_2(x + mlp(x))      (Radford et al. 2018; Vaswani et al. 2017)
+    """
+
+    def __init__(
+        self, build: Builder, name: str, layer: int, *, width: int, heads: int, inner: int, norm: str,
+        epsilon: float, attention_dropout: float, residual_dropout: float, std: float, residual_std: float,
+        recompute: str,
+    ) -> None:
+        super().__init__()
+        self.pre_norm = norm == "pre"
+        self.recompute = recompute == "full"
+        self.ln_1 = build.layer_norm(f"{name}.ln_1", width, epsilon)
+        self.attn = Attention(
+            build, f"{name}.attn", layer, width=width, heads=heads, dropout=attention_dropout, std=std,
+            residual_std=residual_std, recompute=recompute == "selective",
+        )
+        self.ln_2 = build.layer_norm(f"{name}.ln_2", width, epsilon)
+        self.mlp = MLP(build, f"{name}.mlp", width=width, inner=inner, std=std, residual_std=residual_std)
+        self.attention_residual = build.dropout(residual_dropout, layer, "attention_residual")
+        self.mlp_residual = build.dropout(residual_dropout, layer, "mlp_residual")
+
+    def forward(self, state: State) -> State:
+        x, samples = state
+        if self.recompute and torch.is_grad_enabled():
+            # Dropout masks are functions of their coordinates: there is no generator state to preserve.
+            x = checkpoint(self.transform, x, samples, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = self.transform(x, samples)
+        return x, samples
+
+    def transform(self, x: Tensor, samples: Tensor) -> Tensor:
+        if self.pre_norm:
+            x = x + self.attention_residual(self.attn(self.ln_1(x), samples), samples)
+            return x + self.mlp_residual(self.mlp(self.ln_2(x)), samples)
+        x = self.ln_1(x + self.attention_residual(self.attn(x, samples), samples))
+        return self.ln_2(x + self.mlp_residual(self.mlp(x), samples))

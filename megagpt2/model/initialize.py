@@ -1,0 +1,46 @@
+"""Initial weights as a function of (seed, name, coordinate): the same on every layout (DESIGN D5).
+
+GPT-2 (Radford et al. 2019, section 2.3): normal with standard deviation 0.02, projections onto the residual
+stream scaled by 1/sqrt(N), N = number of residual layers; OpenAI's code draws positions with 0.01.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megagpt2.kernels.philox import key_of, random_normal
+from megagpt2.model.parameters import Spec
+
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def initial_value(spec: Spec, seed: int) -> Tensor:
+    """The local part of a parameter's initial value, fp32 on the CPU."""
+    if spec.standard_deviation is None:
+        local = torch.full(spec.local_shape, spec.constant)
+        if spec.padding:
+            local.narrow(0, local.shape[0] - spec.padding, spec.padding).zero_()
+        return local
+    key = key_of(seed, "initialize", spec.name)
+    row = math.prod(spec.shape[1:])  # elements in a row of the whole tensor
+
+    def rows(start: int, stop: int) -> Tensor:
+        return random_normal(key, start * row, (stop - start) * row).view(stop - start, *spec.shape[1:])
+
+    if spec.dim in (None, 0):  # contiguous rows: draw only what is here
+        ranges = spec.ranges if spec.dim == 0 else ((0, spec.shape[0]),)
+        parts = [rows(start, stop) for start, stop in ranges]
+        if spec.padding:
+            parts.append(torch.zeros(spec.padding, *spec.shape[1:]))
+        local = torch.cat(parts)
+    else:  # columns: draw whole rows, some at a time, and keep our columns
+        step = max(1, _CHUNK_ELEMENTS // row)
+        blocks = [rows(begin, min(begin + step, spec.shape[0])) for begin in range(0, spec.shape[0], step)]
+        local = torch.cat([
+            torch.cat([b.narrow(spec.dim, start, stop - start) for start, stop in spec.ranges], dim=spec.dim)
+            for b in blocks
+        ])
+    return local.mul_(spec.standard_deviation)

@@ -1,0 +1,1 @@
+"""FLOPs, tokens per second, MFU, bytes: each has one definition, here (DESIGN D10)."""

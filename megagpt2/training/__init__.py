@@ -1,0 +1,1 @@
+"""Training: the engine, the loop around it, and what watches and records them."""

@@ -1,0 +1,166 @@
+"""DeepSpeed, configured in one place: (precision, ZeRO stage, pipeline) -> engine.
+
+Every option here that is not self-evident avoids a wrong number that comes without an error:
+
+- Never ZeRO 0: its bf16 form takes a phantom Adam step at construction, its fp32 form clips by a wrong norm
+  under the pipeline. Ours runs as stage 1.
+- Gradients accumulate in fp32.
+- pipe_partitioned and grad_partitioned default to true and corrupt sequence-parallel activations.
+- Recomputation is the block's own; DeepSpeed's reentrant default fails at the embedding.
+- torch's AdamW is handed in: DeepSpeed's own compiles at start, and its CPU form is not bitwise on resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megagpt2.config.rules import Plan
+from megagpt2.config.schema import Config
+from megagpt2.model.gpt2 import GPT2, layer_plans
+from megagpt2.parallel.pipeline import Pipeline, adapt_engine, balanced_bounds
+from megagpt2.parallel.quiet_deepspeed import deepspeed
+from megagpt2.parallel.tensor import builder_for
+from megagpt2.parallel.topology import ModelParallelUnit, Topology
+from megagpt2.planning.time import layer_costs
+from megagpt2.training.optimizer import build_optimizer
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_NEVER = 1 << 40  # steps between DeepSpeed's own progress lines
+
+
+def merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """ours with the user's further options added; contradictions were refused by the rules before."""
+    result = dict(ours)
+    for key, value in theirs.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def deepspeed_options(config: Config, plan: Plan) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run."""
+    options = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "steps_per_print": _NEVER,
+        "zero_optimization": {"stage": max(1, config.parallel.zero_stage)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "pipeline": {
+            "pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0,
+            "use_reentrant": False,
+        },
+    }
+    if config.parallel.zero_stage == 3:
+        options["zero_optimization"]["memory_efficient_linear"] = False
+    if plan.precision == "bf16":
+        options["bf16"] = {"enabled": True}
+    if plan.precision == "fp16":
+        options["fp16"] = {
+            "enabled": True,
+            "initial_scale_power": config.training.initial_loss_scale.bit_length() - 1,
+            "loss_scale_window": config.training.loss_scale_window,
+            "min_loss_scale": 1,
+        }
+    return merged(options, config.deepspeed)
+
+
+@dataclass
+class Engine:
+    """A DeepSpeed engine with what we need to know beside it."""
+
+    deepspeed: Any
+    topology: Topology
+    config: Config
+    plan: Plan
+    device: torch.device
+    bounds: list[int] | None = None  # the pipeline's cuts of the layer list
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.module.parameters()
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+
+    @property
+    def gradient_norm(self) -> float:
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @property
+    def loss_scale(self) -> float | None:
+        return float(self.deepspeed.optimizer.loss_scaler.cur_scale) if self.plan.precision == "fp16" else None
+
+    def scaler_state(self) -> dict[str, float]:
+        """fp16: what the dynamic loss scaler remembers."""
+        if self.plan.precision != "fp16":
+            return {}
+        scaler = self.deepspeed.optimizer.loss_scaler
+        return {name: float(getattr(scaler, name)) for name in _SCALER_FIELDS}
+
+    def load_scaler(self, state: dict[str, float]) -> None:
+        if self.plan.precision == "fp16" and state:
+            scaler = self.deepspeed.optimizer.loss_scaler
+            for name in _SCALER_FIELDS:
+                setattr(scaler, name, type(getattr(scaler, name))(state[name]))
+
+    def close(self) -> None:
+        """Free hooks and groups (tests build many engines in one process)."""
+        self.deepspeed.destroy()
+        self.topology.close()
+
+
+def _construct(config: Config, topology: Topology) -> tuple[nn.Module, list[int] | None]:
+    """The module this rank runs, its parameters uninitialized."""
+    builder = builder_for(config.training.seed, topology, config.parallel.sequence_parallel)
+    recompute = config.parallel.activation_checkpointing
+    if topology.pipeline == 1:
+        return GPT2(config.model, builder, recompute), None
+    costs = layer_costs(config.model, config.sequence_length)
+    bounds = balanced_bounds(costs, topology.pipeline, 2, 1 + config.model.layers)
+    return Pipeline(layer_plans(config.model, recompute), bounds, builder, topology), bounds
+
+
+def build_engine(config: Config, plan: Plan, topology: Topology, device: torch.device) -> Engine:
+    """Construct the model and hand it to DeepSpeed. Weights come afterwards, through the load path."""
+    options = deepspeed_options(config, plan)
+    partitioned = contextlib.nullcontext()
+    if config.parallel.zero_stage == 3:
+        # No dtype argument: an operator precedence in DeepSpeed 0.19 makes any given one bf16 on a CPU without fp16.
+        partitioned = deepspeed.zero.Init(data_parallel_group=topology.data_group, config_dict_or_path=options)
+    with partitioned:
+        module, bounds = _construct(config, topology)
+    pipeline = topology.pipeline > 1
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=build_optimizer(module, config.optimizer),
+        config=options,
+        mpu=None if pipeline else ModelParallelUnit(topology),
+        dist_init_required=False,
+    )
+    if pipeline:
+        adapt_engine(engine)
+    return Engine(engine, topology, config, plan, device, bounds)
+
+
+def agree_any(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says so: decisions that all ranks must take alike."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    tensor = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())

@@ -1,0 +1,173 @@
+"""The training loop: batches -> step -> record -> validate, sample, save -> until done or told to stop."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megagpt2.config.batching import ramped_batch
+from megagpt2.config.schema import Config
+from megagpt2.data.batches import Batches
+from megagpt2.planning import time as planned_time
+from megagpt2.training.engine import Engine, agree_any
+from megagpt2.training.monitor import Monitor, StepRow, ValidationRow
+from megagpt2.training.schedule import learning_rate
+from megagpt2.training.step import StepResult, TrainStep
+from megagpt2.training.watchdog import STOP_AND_RESUME, StopSignals
+
+_KEPT_LOSSES = 8
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: all that the next step depends on, beside the weights and the optimizer."""
+
+    step: int = 0  # steps made, skipped ones included
+    samples_seen: int = 0
+    updates: int = 0  # steps that changed the weights
+    losses: tuple[float, ...] = field(default=())  # the last ones, newest last
+
+    def after(self, result: StepResult, size: int) -> Progress:
+        return Progress(
+            self.step + 1, self.samples_seen + size, self.updates + (not result.skipped),
+            (*self.losses, result.loss)[-_KEPT_LOSSES:],
+        )
+
+
+@dataclass
+class Hooks:
+    """What the loop calls and does not know: how to save, and how to write a sample (prompt, text)."""
+
+    save: Callable[[Progress], None]
+    samples: Callable[[], list[tuple[str, str]]] | None = None
+
+
+@dataclass
+class Loop:
+    """One run, from `progress` on. All ranks run it alike; only rank 0's monitor has sinks."""
+
+    engine: Engine
+    train: Batches
+    valid: Batches | None
+    monitor: Monitor
+    hooks: Hooks
+    progress: Progress = Progress()
+    token_bytes: np.ndarray | None = None  # bytes of each token's text, for bits per byte
+    last_validation: ValidationRow | None = None
+
+    def __post_init__(self) -> None:
+        self.config: Config = self.engine.config
+        self.step = TrainStep(self.engine)
+        self._saved_step = self.progress.step if self.progress.step else -1
+
+    def run(self) -> int:
+        """Train to config.training.steps. Returns the exit code: 0, or 75 after a signal."""
+        with StopSignals() as signals:
+            if self.progress.step == 0:
+                self.validate()
+            while self.progress.step < self.config.training.steps:
+                self._one_step()
+                if agree_any(signals.received is not None, self.engine.device):
+                    self.monitor.event(self.progress.step, f"stopping on {signals.received or 'another rank'}")
+                    self.save()
+                    return STOP_AND_RESUME
+                self._every_so_often()
+            if self.last_validation is None or self.last_validation.step != self.progress.step:
+                self.validate()
+            self.save()
+        return 0
+
+    def _one_step(self) -> None:
+        config, topology = self.config, self.engine.topology
+        size = ramped_batch(config.batch.ramp_up, config.batch.global_batch, self.progress.samples_seen)
+        count = size // (self.engine.plan.micro_batch * topology.data)
+        rate = learning_rate(
+            config.schedule, config.optimizer.learning_rate, self.progress.updates, config.decay_steps
+        )
+        batches = self.train.global_batch(self.progress.samples_seen, size)
+        result = self.step(batches, count, rate)
+        self.progress = self.progress.after(result, size)
+        self.monitor.step(self._row(result, size, rate))
+
+    def _row(self, result: StepResult, size: int, rate: float) -> StepRow:
+        length = self.config.sequence_length
+        speed = size * length / result.seconds
+        world = self.engine.topology.world_size
+        tflops = planned_time.model_tflops(self.config.model, length, speed, world)
+        peak = self.config.monitor.peak_tflops or self._known_peak()
+        return StepRow(
+            step=self.progress.step, samples=self.progress.samples_seen, tokens=self.progress.samples_seen * length,
+            loss=result.loss, gradient_norm=result.gradient_norm, learning_rate=rate, loss_scale=result.loss_scale,
+            skipped=result.skipped, tokens_per_second=speed, model_tflops=tflops * world,
+            mfu=tflops / peak if peak else None, seconds_data=result.seconds_data,
+            seconds_forward_backward=result.seconds_forward_backward, seconds_optimizer=result.seconds_optimizer,
+            seconds_step=result.seconds, memory_bytes=peak_memory(self.engine.device), global_batch=size,
+        )
+
+    def _known_peak(self) -> float | None:
+        if self.engine.device.type != "cuda":
+            return None  # a rank is a share of a processor here: there is no peak to compare it with
+        return planned_time.peak_tflops(torch.cuda.get_device_name(self.engine.device))
+
+    def _every_so_often(self) -> None:
+        step, config = self.progress.step, self.config
+        if config.validation.every and step % config.validation.every == 0:
+            self.validate()
+        if self.hooks.samples and config.monitor.sample_every and step % config.monitor.sample_every == 0:
+            for prompt, text in self.hooks.samples():
+                self.monitor.sample(step, prompt, text)
+        if config.checkpoint.every and step % config.checkpoint.every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Save, unless this very step is saved already."""
+        if self._saved_step != self.progress.step:
+            self.hooks.save(self.progress)
+            self._saved_step = self.progress.step
+
+    def validate(self) -> None:
+        """Loss on the same held-out windows each time."""
+        if self.valid is None or not self.config.validation.every:
+            return
+        count, total = self.validation_size()
+        loss = self.step.validate(self.valid.global_batch(0, total), count)
+        tokens = total * self.config.sequence_length
+        bits = None
+        if self.token_bytes is not None:
+            if not hasattr(self, "_validation_bytes"):
+                self._validation_bytes = self._count_bytes(total)
+            bits = loss * tokens / (math.log(2) * max(self._validation_bytes, 1))
+        self.last_validation = ValidationRow(
+            step=self.progress.step, samples=self.progress.samples_seen,
+            tokens=self.progress.samples_seen * self.config.sequence_length, loss=loss,
+            perplexity=math.exp(min(loss, 700.0)), bits_per_byte=bits,
+        )
+        self.monitor.validation(self.last_validation)
+
+    def validation_size(self) -> tuple[int, int]:
+        """(micro-batches per replica, samples in all): what is asked for, as far as the corpus reaches."""
+        plan, replicas = self.engine.plan, self.engine.topology.data
+        wanted = self.config.validation.batches * self.config.batch.global_batch
+        count = min(wanted, self.valid.order.windows) // (plan.micro_batch * replicas)
+        return count, count * plan.micro_batch * replicas
+
+    def _count_bytes(self, samples: int) -> int:
+        """Bytes of text behind the targets of the first `samples` validation windows."""
+        length = self.config.sequence_length
+        total = 0
+        for number in range(samples):
+            start = self.valid.order.window(number).start
+            total += int(self.token_bytes[self.valid.tokens[start + 1 : start + length + 1]].sum())
+        return total
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,57 @@
+"""Builds the C++ and CUDA operators of csrc/ at install time, so that nothing compiles at train time.
+
+    csrc/bindings.cpp absent      pure Python
+    MEGAGPT2_NO_EXT=1             pure Python, the operators run on their reference path
+    otherwise                     megagpt2._C: CPU sources always; CUDA sources where torch was built for CUDA
+                                  and nvcc is there (a GPU need not be: login nodes build for compute nodes)
+
+Everything else about the package is in pyproject.toml.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def has_nvcc(cuda_home: str | None) -> bool:
+    """Whether the CUDA toolkit that torch found has its compiler."""
+    return cuda_home is not None and (Path(cuda_home) / "bin" / "nvcc").exists()
+
+
+def extension_arguments() -> dict:
+    """The arguments of setup() that build csrc/, or none where there is nothing to build."""
+    if os.environ.get("MEGAGPT2_NO_EXT") == "1" or not (ROOT / "csrc" / "bindings.cpp").exists():
+        return {}
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise SystemExit(
+            f"megagpt2: building csrc/ needs an importable torch ({error}). Install torch first and pass "
+            "--no-build-isolation to pip, or set MEGAGPT2_NO_EXT=1 to install without the compiled operators."
+        ) from error
+
+    with_cuda = torch.version.cuda is not None and has_nvcc(cpp_extension.CUDA_HOME)
+    paths = [ROOT / "csrc" / "bindings.cpp", *sorted(ROOT.glob("csrc/*/*.cpp"))]
+    flags = {"cxx": ["-O3"]}
+    if sys.platform == "linux":
+        flags["cxx"].append("-fopenmp")  # without it at::parallel_for runs on one thread
+    if with_cuda:
+        paths += sorted(ROOT.glob("csrc/*/*.cu"))
+        flags["cxx"].append("-DMEGAGPT2_CUDA")
+        flags["nvcc"] = ["-O3", "-DMEGAGPT2_CUDA"]
+    make_extension = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    extension = make_extension(
+        name="megagpt2._C",
+        sources=[str(path.relative_to(ROOT)) for path in paths],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=flags,
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
+setup(**extension_arguments())

@@ -1,0 +1,101 @@
+"""Training a small model for a few steps on any layout, and what invariant I1 compares (DESIGN section 5)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megagpt2.config.rules import Facts, check
+from megagpt2.config.schema import Config
+from megagpt2.data.batches import Batches
+from megagpt2.data.order import Order
+from megagpt2.model.initialize import initial_value
+from megagpt2.model.parameters import Spec
+from megagpt2.parallel.topology import Topology, build_topology
+from megagpt2.training.engine import Engine, build_engine
+from megagpt2.training.masters import local_weights as engine_weights
+from megagpt2.training.masters import set_values
+from megagpt2.training.step import TrainStep
+
+
+def small_config(**changes) -> Config:
+    """4 layers, 5 heads (no power of two divides them), dropout 0.1 everywhere."""
+    config = Config.model_validate({
+        "model": {
+            "layers": 4, "width": 40, "heads": 5, "vocabulary": 307, "context": 32,
+            "embedding_dropout": 0.1, "attention_dropout": 0.1, "residual_dropout": 0.1,
+        },
+        "batch": {"global_batch": 8, "micro_batch": 1},
+        "optimizer": {"learning_rate": 1e-3, "epsilon": 1e-5},
+        "schedule": {"name": "constant"},
+        "training": {"steps": 5, "precision": "fp32", "device": "cpu"},
+    })
+    return config.replace(changes)
+
+
+def corpus(vocabulary: int, tokens: int = 20_000) -> np.ndarray:
+    """Tokens with structure to learn: a noisy counting sequence."""
+    noise = np.random.default_rng(7).integers(0, 9, tokens)
+    return ((np.arange(tokens) * 3 + noise) % vocabulary).astype(np.uint16)
+
+
+def start(config: Config) -> tuple[Engine, TrainStep, Batches]:
+    """An engine on the current process group, with its initial weights, and this replica's data."""
+    topology = build_topology(config.parallel.tensor_parallel, config.parallel.pipeline_parallel)
+    plan = check(config, Facts(world_size=topology.world_size, device="cpu", bf16=True, fp16=False, deepspeed=True))
+    engine = build_engine(config, plan, topology, torch.device("cpu"))
+    set_values(engine.deepspeed, topology, lambda spec: initial_value(spec, config.training.seed))
+    tokens = corpus(config.model.vocabulary)
+    order = Order(len(tokens), config.sequence_length, config.training.seed)
+    return engine, TrainStep(engine), Batches(tokens, order, plan.micro_batch, topology.replica, topology.data)
+
+
+def local_weights(engine: Engine) -> dict[str, tuple[Spec, np.ndarray]]:
+    """This rank's part of every weight, gathered from ZeRO-3 where needed, as fp32."""
+    return {spec.name: (spec, weight.float().numpy().copy()) for spec, weight in engine_weights(engine.deepspeed)}
+
+
+def train(changes: dict, steps: int) -> dict:
+    """Losses, gradient norms and this rank's weights before and after `steps` steps."""
+    config = small_config(**changes)
+    engine, step, batches = start(config)
+    before = local_weights(engine)
+    size = config.batch.global_batch
+    results = [
+        step(batches.global_batch(n * size, size), engine.plan.accumulation, config.optimizer.learning_rate)
+        for n in range(steps)
+    ]
+    after = local_weights(engine)
+    validation = step.validate(batches.global_batch(0, size), engine.plan.accumulation)
+    answer = {
+        "losses": [r.loss for r in results], "norms": [r.gradient_norm for r in results], "before": before,
+        "after": after, "validation": validation, "place": place(engine.topology),
+    }
+    engine.close()
+    return answer
+
+
+def place(topology: Topology) -> tuple[int, int, int]:
+    return topology.stage, topology.replica, topology.shard
+
+
+def whole(parts: list[dict], which: str) -> dict[str, np.ndarray]:
+    """Whole tensors from all ranks' parts; asserts that what is held twice is bit-equal (invariant I5)."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: dict[tuple, np.ndarray] = {}
+    for part in parts:
+        for name, (spec, local) in part[which].items():
+            key = (name, part["place"][2] if spec.sharded else None)
+            if key in seen:
+                np.testing.assert_array_equal(seen[key], local, err_msg=f"replicas of {key} differ")
+            seen[key] = local
+            tensor = tensors.setdefault(name, torch.full(spec.shape, float("nan")))
+            spec.place(torch.from_numpy(local), tensor)
+    for name, tensor in tensors.items():
+        assert not torch.isnan(tensor).any(), f"{name}: a part is held by no rank"
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def error(a: np.ndarray, b: np.ndarray) -> float:
+    """I1's measure: largest difference over largest value."""
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))

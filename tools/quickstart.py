@@ -1,0 +1,158 @@
+"""From nothing to an evaluated GPT-2 on this machine: tokenizer, corpus, training on four processes, a sample.
+
+    python tools/quickstart.py            what `make quickstart` runs; a second time it reuses what is there
+    python tools/quickstart.py --fresh    throw runs/quickstart away first
+
+The text is the running Python's standard library, which every machine has. Training is
+`deepspeed --num_accelerators 4 launch/pretrain.py --config configs/quickstart.yaml`: tensor 2 x pipeline 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from megagpt2.config import Config, ConfigError, load_config
+from megagpt2.data.indexed import IndexedCorpus
+from megagpt2.data.order import Order
+
+ROOT = Path(__file__).resolve().parent.parent
+_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    """Run a step; its failure ends the quickstart with its exit code."""
+    result = subprocess.run([str(part) for part in command], env=os.environ | environment, check=False)
+    if result.returncode:
+        print(f"quickstart: {Path(str(command[1])).name} ended with exit code {result.returncode}", file=sys.stderr)
+        sys.exit(result.returncode)
+
+
+def library_sources() -> list[Path]:
+    """The standard library's own modules, without its tests and what is installed beside it."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return sorted(
+        path for path in folder.rglob("*.py")
+        if not _SKIPPED.intersection(path.relative_to(folder).parts) and path.stat().st_size
+    )
+
+
+def make_corpus(config: Config, vocabulary: int) -> None:
+    """Tokenizer and corpus, unless they are there."""
+    tokenizer = config.data.tokenizer
+    prefix = Path(str(config.data.train).removesuffix("_train"))
+    sources = library_sources()
+    if not (tokenizer / "tokenizer.json").exists():
+        run(
+            sys.executable, ROOT / "tools/train_tokenizer.py", "--input", *sources, "--suffix", ".py",
+            "--vocab-size", str(vocabulary), "--output", tokenizer,
+        )
+    if not Path(f"{prefix}_valid.idx").exists():
+        run(
+            sys.executable, ROOT / "tools/prepare_corpus.py", "--input", *sources, "--suffix", ".py",
+            "--tokenizer", tokenizer, "--output", prefix, "--overwrite",
+        )
+
+
+def unigram_loss(config: Config, windows: int) -> float:
+    """Nats per token, on the validation's own targets, of the tokens' frequencies in the training corpus.
+
+    The simplest model that knows the corpus: what a network must beat to have learned anything about order. Every
+    count is one too high, so that unseen tokens have a probability.
+    """
+    words = config.model.vocabulary
+    train, valid = IndexedCorpus(config.data.train), IndexedCorpus(config.data.valid)
+    counts = np.bincount(train.tokens, minlength=words) + 1.0
+    nats = -np.log(counts / counts.sum())
+    length = config.sequence_length
+    order = Order(len(valid.tokens), length, 0, shuffle=False)
+    losses = [nats[valid.tokens[s + 1 : s + length + 1]].mean() for s in (order.window(n).start for n in range(windows))]
+    return float(np.mean(losses))
+
+
+def read_log(config: Config) -> tuple[list[dict], dict]:
+    """Validation rows, and the last step's row."""
+    rows = [json.loads(line) for line in (config.run.directory / "log.jsonl").read_text().splitlines()]
+    return [r for r in rows if r["kind"] == "validation"], [r for r in rows if r["kind"] == "step"][-1]
+
+
+def report(config: Config, console: Console, seconds: float) -> bool:
+    """The result as a table; whether the model learned what it should have."""
+    validations, last = read_log(config)
+    before, after = validations[0], validations[-1]
+    valid_windows = Order(len(IndexedCorpus(config.data.valid).tokens), config.sequence_length, 0, shuffle=False).windows
+    windows = min(config.validation.batches * config.batch.global_batch, valid_windows)
+    windows -= windows % config.batch.micro_batch
+    unigram = unigram_loss(config, windows)
+    bits = after["bits_per_byte"] / after["loss"]
+    table = Table(title=f"held-out text, {windows} windows of {config.sequence_length} tokens", title_justify="left")
+    for heading in ("", "nats per token", "perplexity", "bits per byte"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, loss in [("before training", before["loss"]), ("unigram model", unigram), ("after training", after["loss"])]:
+        table.add_row(name, f"{loss:.3f}", f"{math.exp(loss):,.1f}", f"{loss * bits:.3f}")
+    console.print(table)
+    gain = unigram - after["loss"]
+    console.print(
+        f"The model beats the unigram model by {gain:.2f} nats per token after {last['step']} steps,"
+        f" {last['tokens']:,} tokens; the whole quickstart took {seconds:.0f} s."
+    )
+    return gain >= 1.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/quickstart.yaml", help="another small run")
+    parser.add_argument("--ranks", type=int, default=4, help="processes to start (default: 4)")
+    parser.add_argument("--fresh", action="store_true", help="begin anew instead of reusing what is there")
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="as for launch/pretrain.py")
+    arguments = parser.parse_intermixed_args()
+    begin = time.monotonic()
+    os.chdir(ROOT)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    if arguments.fresh:
+        shutil.rmtree(config.run.directory.parent, ignore_errors=True)
+    console = Console(highlight=False, soft_wrap=True)
+    console.rule("1. tokenizer and corpus, from Python's standard library", align="left")
+    make_corpus(config, config.model.vocabulary)
+    console.rule(f"2. training on {arguments.ranks} processes", align="left")
+    threads = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
+    run(
+        sys.executable, Path(sys.executable).with_name("deepspeed"), "--num_accelerators", str(arguments.ranks),
+        "--log_level", "error", ROOT / "launch/pretrain.py", "--config", arguments.config, *arguments.overrides, OMP_NUM_THREADS=str(threads),
+        DS_ACCELERATOR="cpu",
+    )
+    console.rule("3. what it learned", align="left")
+    enough = report(config, console, time.monotonic() - begin)
+    checkpoint = sorted((config.run.directory / "checkpoints").glob("step_*"))[-1]
+    run(
+        sys.executable, ROOT / "launch/generate.py", "--checkpoint", checkpoint, "--prompt", "def ", "--tokens", "80",
+        "--top-k", "40",
+    )
+    console.print(
+        f"\nrun          {config.run.directory}\ncheckpoint   {checkpoint}  (transformers opens {checkpoint / 'model'})"
+        f"\ntensorboard  {Path(sys.executable).with_name('tensorboard')} --logdir {config.run.directory / 'tensorboard'}"
+        f"\nsample more  {sys.executable} launch/generate.py --checkpoint {checkpoint} --prompt 'import '"
+    )
+    if not enough:
+        print("quickstart: the model should beat the unigram model by 1.0 nat per token, and did not", file=sys.stderr)
+    return 0 if enough else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
