@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="continuations of the prompt (default: 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 = all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of mass p (default: 1)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of mass p (default: 1)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args(argv)
@@ -49,7 +49,8 @@ def model_folder(checkpoint: Path) -> Path:
     if (checkpoint / "checkpoints").is_dir():
         newest, skipped = store.newest_verified(checkpoint / "checkpoints")
         if newest is None:
-            raise store.CheckpointError(f"--checkpoint {checkpoint}: no usable checkpoint. {'; '.join(skipped)}".strip())
+            why = "; ".join(skipped) or "it has saved none"
+            raise store.CheckpointError(f"--checkpoint {checkpoint} has no usable checkpoint: {why}")
         return newest / "model"
     if (checkpoint / store.MANIFEST).exists():
         store.verify(checkpoint)

@@ -38,6 +38,7 @@ from megagpt2.data.indexed import IndexedCorpus
 from megagpt2.data.order import Order
 from megagpt2.data.tokenizer import Tokenizer
 from megagpt2.generation.sampling import Sampling, generate
+from megagpt2.model.gpt2 import layer_plans
 from megagpt2.model.initialize import initial_value
 from megagpt2.parallel.launch import RankEnvironment, detect, export
 from megagpt2.parallel.quiet_deepspeed import deepspeed
@@ -97,8 +98,8 @@ def open_material(config: Config, plan: Plan) -> Material:
         windows = Order(len(valid.tokens), config.sequence_length, 0, shuffle=False).windows
         if windows < plan.micro_batch * plan.data:
             raise ConfigError(
-                f"data.valid: {config.data.valid} has {windows} sequences of {config.sequence_length} tokens, fewer than"
-                f" one micro-batch on each of {plan.data} data-parallel ranks ({plan.micro_batch * plan.data}):"
+                f"data.valid: {config.data.valid} has {windows} sequences of {config.sequence_length} tokens, fewer"
+                f" than one micro-batch on each of {plan.data} data-parallel ranks ({plan.micro_batch * plan.data}):"
                 " use a smaller batch.micro_batch, or validation.every=0"
             )
     tokenizer = None
@@ -229,7 +230,7 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
         "run": str(config.run.directory),
     }
     if engine.bounds:
-        names = ["wte", "wpe", *(f"h.{i}" for i in range(model.layers)), *(["ln_f"] if model.norm == "pre" else []), "head"]
+        names = [layer.name for layer in layer_plans(model)]
         stages = [names[a:b] for a, b in zip(engine.bounds[:-1], engine.bounds[1:], strict=True)]
         rows["stages"] = "; ".join(f"{stage[0]} .. {stage[-1]}" for stage in stages)
     return rows
@@ -238,7 +239,8 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
 def build_monitor(config: Config, rank: int) -> Monitor:
     if rank != 0:
         return Monitor([])
-    sinks = [Console(config.training.steps, config.monitor.console_every), JsonLines(config.run.directory / "log.jsonl")]
+    console = Console(config.training.steps, config.monitor.console_every)
+    sinks = [console, JsonLines(config.run.directory / "log.jsonl")]
     if config.monitor.tensorboard:
         sinks.append(TensorBoard(config.run.directory / "tensorboard"))
     return Monitor(sinks)
@@ -260,6 +262,27 @@ def sampler(engine: Engine, tokenizer: Tokenizer):
         return texts
 
     return samples
+
+
+def bytes_of_tokens(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text each token stands for; <|endoftext|> stands between texts, in none."""
+    lengths = [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocabulary_size)]
+    lengths[tokenizer.end_of_text] = 0
+    return np.array(lengths, dtype=np.int64)
+
+
+def tell_start(monitor: Monitor, progress: Progress, plan: Plan, loaded: Loaded | None, notes: list[str]) -> None:
+    """What people should know before the first step."""
+    for note in notes:
+        monitor.event(progress.step, f"passed over {note}")
+    for warning in plan.warnings:
+        monitor.event(progress.step, f"warning: {warning}")
+    if loaded is not None:
+        monitor.event(
+            progress.step,
+            f"loaded {loaded.folder}: step {progress.step}, {progress.samples_seen:,} samples seen,"
+            f" {len(loaded.weights.files)} tensors",
+        )
 
 
 def train(config: Config, plan: Plan, material: Material, environment: RankEnvironment, device_type: str) -> int:
@@ -284,30 +307,18 @@ def train(config: Config, plan: Plan, material: Material, environment: RankEnvir
             store.prune(checkpoints, config.checkpoint.keep)
         monitor.event(at.step, f"saved {folder}")
 
-    monitor.start(
-        header(config, plan, engine, environment), dump_config(config), progress.step, progress.samples_seen * length
-    )
-    for note in notes:
-        monitor.event(progress.step, f"passed over {note}")
-    for warning in plan.warnings:
-        monitor.event(progress.step, f"warning: {warning}")
-    if loaded is not None:
-        monitor.event(
-            progress.step,
-            f"loaded {loaded.folder}: step {progress.step}, {progress.samples_seen:,} samples seen,"
-            f" {len(loaded.weights.files)} tensors",
+    with monitor:
+        monitor.start(
+            header(config, plan, engine, environment), dump_config(config), progress.step,
+            progress.samples_seen * length,
         )
-    token_bytes = None
-    if material.tokenizer is not None:
-        lengths = [len(material.tokenizer.decode_bytes([t])) for t in range(material.tokenizer.vocabulary_size)]
-        lengths[material.tokenizer.end_of_text] = 0  # it stands between texts, in none
-        token_bytes = np.array(lengths, dtype=np.int64)
-    loop = Loop(
-        engine, batches(material.train, True), batches(material.valid, False) if material.valid else None, monitor,
-        Hooks(save, sampler(engine, material.tokenizer) if material.tokenizer else None), progress, token_bytes,
-    )
-    code = loop.run()
-    monitor.close()
+        tell_start(monitor, progress, plan, loaded, notes)
+        loop = Loop(
+            engine, batches(material.train, True), batches(material.valid, False) if material.valid else None, monitor,
+            Hooks(save, sampler(engine, material.tokenizer) if material.tokenizer else None), progress,
+            bytes_of_tokens(material.tokenizer) if material.tokenizer else None,
+        )
+        code = loop.run()
     dist.barrier()
     engine.close()
     dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """Optimizer state as named slices: one file per rank, each slice saying where in the whole tensor it lies.
 
     optimizer/rank_00003.safetensors:  "exp_avg/h.0.attn.c_attn.weight" fp32 [n], ...
-    its metadata, "slices":            {"h.0.attn.c_attn.weight": {"shape", "dim", "ranges", "padding", "start", "stop"}}
+    its metadata, "slices":            {"h.0.attn.c_attn.weight": {"shape", "dim", "ranges", "padding",
+                                                                    "start", "stop"}}
 
 The slice is elements start .. stop - 1 of the flattened tensor-parallel shard, which is the concatenation along
 `dim` of the whole tensor's `ranges`. Any layout can therefore read what any other wrote.

@@ -4,6 +4,7 @@ A function returns None where the request is legal, else a `Refusal`: what was a
 candidate changes, nearest first, which `rules.py` offers after it has checked that they are legal.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -128,8 +129,8 @@ def world_divides(config: Config, facts: Facts) -> Refusal | None:
     candidates = (_changed((TENSOR, tensor, t), (PIPELINE, pipeline, p)) for t, p in nearest)
     worlds = " or ".join(str(number) for number in sorted(_near_multiples(world, copy)))
     why = (
-        f"{world} ranks / ({tensor} x {pipeline}) = {world / copy:.4g} is not a whole number of data-parallel "
-        f"copies (it is for {worlds} ranks)"
+        f"{world} ranks / ({tensor} x {pipeline}) = {world / copy:.4g} is not a whole number of "
+        f"data-parallel copies (it is for {worlds} ranks)"
     )
     return Refusal(TENSOR, f"{tensor} x pipeline_parallel {pipeline} = {copy}", why, candidates)
 
@@ -166,7 +167,7 @@ def zero_with_pipeline(config: Config, facts: Facts) -> Refusal | None:
     stage, pipeline = config.parallel.zero_stage, config.parallel.pipeline_parallel
     if stage < 2 or pipeline == 1:
         return None
-    why = f"pipeline_parallel is {pipeline}, and DeepSpeed's pipeline accumulates whole gradients: stages 0 and 1"
+    why = f"pipeline_parallel is {pipeline}, and DeepSpeed's pipeline engine takes stages 0 and 1 only"
     candidates = ({"parallel.zero_stage": 1}, {PIPELINE: 1})
     return Refusal("parallel.zero_stage", str(stage), why, candidates)
 
@@ -200,10 +201,8 @@ def sequence_fits(config: Config, facts: Facts) -> Refusal | None:
     if length <= context:
         return None
     why = f"the model has {context} positions (model.context)"
-    candidates = (
-        *_each("batch.sequence_length", _near(context, max(1, context - 64), context)),
-        {"model.context": length},
-    )
+    unit = config.parallel.tensor_parallel if config.parallel.sequence_parallel else 1
+    candidates = ({"batch.sequence_length": context // unit * unit}, {"model.context": length})
     return Refusal("batch.sequence_length", str(length), why, candidates)
 
 
@@ -231,15 +230,13 @@ def ramp_fits(config: Config, facts: Facts) -> Refusal | None:
     if ramp.start % unit == 0 and ramp.increment % unit == 0 and ramp.start <= batch:
         return None
     candidates = [
-        _changed(
-            ("batch.ramp_up.start", ramp.start, start), ("batch.ramp_up.increment", ramp.increment, increment)
-        )
+        _changed(("batch.ramp_up.start", ramp.start, start), ("batch.ramp_up.increment", ramp.increment, increment))
         for start in _near_multiples(min(ramp.start, batch), unit)
         for increment in _near_multiples(ramp.increment, unit)
     ]
     why = (
-        f"every batch of the ramp must be a multiple of micro_batch {config.batch.micro_batch} x data-parallel "
-        f"size {data} = {unit}, and at most global_batch {batch}"
+        f"every batch of the ramp must be a multiple of micro_batch {config.batch.micro_batch} x "
+        f"data-parallel size {data} = {unit}, and at most global_batch {batch}"
     )
     asked = f"start {ramp.start}, increment {ramp.increment}"
     return Refusal("batch.ramp_up", asked, why, [*candidates, {"batch.ramp_up": None}])
@@ -258,7 +255,7 @@ def bf16_usable(config: Config, facts: Facts) -> Refusal | None:
     """bf16 on a GPU needs one that computes it; CPUs emulate it, correctly and slowly."""
     if config.training.precision != "bf16" or facts.bf16 or facts.device == "cpu":
         return None
-    why = "this GPU does not compute bf16 (it came with compute capability 8.0)"
+    why = "this GPU does not compute bf16 (that takes compute capability 8.0)"
     return Refusal("training.precision", "bf16", why, _each("training.precision", ("fp16", "fp32")))
 
 
@@ -273,9 +270,9 @@ def warmup_fits(config: Config, facts: Facts) -> Refusal | None:
         return None
     why = f"the rate reaches its minimum at step {steps} (schedule.decay_steps, or else training.steps)"
     why += f" and falls from step {limit} on" if share else ""
-    needed = -(-schedule.warmup_steps // (1 - share)) if share < 1 else 0
     candidates = [{"schedule.warmup_steps": limit}]
-    candidates += [{"schedule.decay_steps": int(needed) + extra} for extra in (0, 1) if needed]
+    if share < 1:
+        candidates.append({"schedule.decay_steps": math.ceil(schedule.warmup_steps / (1 - share))})
     return Refusal("schedule.warmup_steps", str(schedule.warmup_steps), why, candidates)
 
 
@@ -306,7 +303,7 @@ def deepspeed_contradicts(config: Config, facts: Facts) -> Refusal | None:
     for theirs in found:
         rest = _without(rest, theirs.split("."))
     asked = ", ".join(f"deepspeed.{theirs}" for theirs in found)
-    remedy = f"remove {'them' if found.keys() - {theirs} else 'it'} and set ours"
+    remedy = f"remove {'it' if len(found) == 1 else 'them'} there"
     return Refusal("deepspeed", asked, why, ({"deepspeed": rest},), remedy)
 
 

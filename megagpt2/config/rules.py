@@ -179,7 +179,7 @@ class Violation:
         return f"{sentence}; {remedy}" if remedy else sentence
 
 
-class IllegalRequest(ConfigError):
+class IllegalRequest(ConfigError):  # noqa: N818 (it says more than RequestError)
     """A request that breaks rules; `violations` holds them, the message has one sentence for each."""
 
     def __init__(self, found: Iterable[Violation]) -> None:
@@ -258,9 +258,7 @@ def _refused(config: Config, facts: Facts) -> dict[str, Refusal]:
     return {rule.name: refusal for rule in RULES if (refusal := rule.check(config, facts)) is not None}
 
 
-def _suggestions(
-    config: Config, facts: Facts, name: str, refusal: Refusal, before: set[str]
-) -> tuple[Change, ...]:
+def _suggestions(config: Config, facts: Facts, name: str, refusal: Refusal, before: set[str]) -> tuple[Change, ...]:
     """The nearest candidates that end this violation and cause no other; where there are none, the nearest
     ones together with what the other rules then ask for."""
     candidates = list(islice(refusal.candidates, 400))
@@ -268,13 +266,15 @@ def _suggestions(
     if not legal:
         extended = (_extended(config, facts, change, before - {name}) for change in candidates[:16])
         legal = [change for change in extended if change is not None][:SHOWN]
-    shown: dict[tuple[str, ...], list[Change]] = {}
+    shown: dict[frozenset[str], list[Change]] = {}
     for change in legal:
-        group = shown.setdefault(tuple(change), [])
+        keys = frozenset(change)
+        if any(earlier < keys for earlier in shown):
+            continue  # a smaller change did it already
+        group = shown.setdefault(keys, [])
         if len(group) < SHOWN and change not in group:
             group.append(change)
-    simple = [change for keys, group in shown.items() if len(keys) == 1 for change in group]
-    return tuple(simple or [change for group in shown.values() for change in group][:SHOWN])
+    return tuple(change for group in shown.values() for change in group)
 
 
 def _cures(config: Config, facts: Facts, change: Change, others: set[str]) -> bool:
@@ -285,9 +285,7 @@ def _cures(config: Config, facts: Facts, change: Change, others: set[str]) -> bo
         return False
 
 
-def _extended(
-    config: Config, facts: Facts, change: Change, others: set[str], depth: int = 2
-) -> Change | None:
+def _extended(config: Config, facts: Facts, change: Change, others: set[str], depth: int = 2) -> Change | None:
     """The change with further ones that end the violations which it causes, or None."""
     try:
         changed = config.replace(change)
@@ -308,9 +306,9 @@ def _extended(
 
 def _rendered(field: str, suggestions: tuple[Change, ...]) -> str:
     """'nearest legal values: 4, 5' for the named field, 'or other.field=2' for others."""
-    own = [_text(change[field]) for change in suggestions if set(change) == {field}]
+    own = [yaml_format.as_scalar(change[field]) for change in suggestions if set(change) == {field}]
     others = [
-        " with ".join(f"{key}={_text(value)}" for key, value in change.items())
+        " with ".join(f"{key}={yaml_format.as_scalar(value)}" for key, value in change.items())
         for change in suggestions
         if set(change) != {field}
     ]
@@ -319,18 +317,13 @@ def _rendered(field: str, suggestions: tuple[Change, ...]) -> str:
     return ", ".join(parts)
 
 
-def _text(value: object) -> str:
-    """As it would stand in an override."""
-    return yaml_format.dump(value).removesuffix("...\n").strip()
-
-
 def _warnings(config: Config, facts: Facts, plan: Plan) -> Iterator[str]:
     """What is legal, but wasteful or slow."""
     if plan.pipeline > 1 and plan.accumulation < plan.pipeline:
         idle = (plan.pipeline - 1) / (plan.accumulation + plan.pipeline - 1)
         yield (
-            f"batch: {plan.accumulation} micro-batches per step over {plan.pipeline} pipeline stages leave each "
-            f"stage idle {idle:.0%} of the time; a larger global_batch or a smaller micro_batch helps"
+            f"batch: {plan.accumulation} micro-batches per step over {plan.pipeline} pipeline stages leave "
+            f"each stage idle {idle:.0%} of the time; a larger global_batch or a smaller micro_batch helps"
         )
     heads, tensor = config.model.heads, plan.tensor
     if heads % tensor:

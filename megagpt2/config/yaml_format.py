@@ -46,9 +46,7 @@ class _Loader(yaml.SafeLoader):
                 line = key.start_mark.line + 1
                 if key.value in lines:
                     first = lines[key.value]
-                    self.duplicates.append(
-                        f"line {line}: {key.value!r} is given twice, first in line {first}"
-                    )
+                    self.duplicates.append(f"line {line}: {key.value!r} is given twice, first in line {first}")
                 lines.setdefault(key.value, line)
         return super().construct_mapping(node, deep)
 
@@ -86,3 +84,9 @@ def parse(text: str) -> Any:
 def dump(value: Any) -> str:
     """YAML text, in the order given, that `parse` reads back equal."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def as_scalar(value: Any) -> str:
+    """One value as it would stand in an override or behind a key."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=1 << 30, allow_unicode=True)
+    return text.removesuffix("...\n").strip()

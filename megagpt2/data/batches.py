@@ -43,7 +43,8 @@ class Batches:
             start = self.order.window(number).start
             row[:] = self.tokens[start : start + length + 1]
         whole = torch.from_numpy(rows)
-        return MicroBatch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous(), torch.arange(numbers.start, numbers.stop))
+        samples = torch.arange(numbers.start, numbers.stop)
+        return MicroBatch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous(), samples)
 
     def global_batch(self, samples_seen: int, size: int) -> Iterator[MicroBatch]:
         """This replica's micro-batches of the `size` samples that follow the first `samples_seen`."""

@@ -72,7 +72,9 @@ def read_unit(unit: Unit, options: ReadOptions, state: UnitState) -> Iterator[Ev
                 reader = _read_jsonl if source.kind == "jsonl" else _read_text
                 yield from reader(file, unit, options, state)
     except CorruptInput as error:
-        yield Problem(source.path, state.line or None, f"corrupt_{source.compression}", str(error))
+        # The damage begins somewhere after the last line that could be read.
+        line = state.line + 1 if state.line else None
+        yield Problem(source.path, line, f"corrupt_{source.compression}", str(error))
     except OSError as error:
         yield Problem(source.path, None, "unreadable_file", str(error))
 
@@ -187,8 +189,8 @@ def _line_parts(
 ) -> Iterator[tuple[int, bytes, bool]]:
     """(byte where its line starts, bytes, whether the line ends here), from the unit's first line on.
 
-    The unit's first line is the first that starts at or after unit.start; the last is the file's. With `whole`,
-    lines come in one part.
+    The unit's first line is the first that starts at or after unit.start; the last is the file's. With
+    `whole`, lines come in one part.
     """
     start = unit.start
     if start > 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ def balanced_bounds(costs: list[float], stages: int, first_block: int, last_bloc
         prefix.append(prefix[-1] + cost)
     edge = [0, *range(first_block + 1, last_block + 1), len(costs)]  # where a cut may be; edge[i]: after i blocks
 
-    @lru_cache(maxsize=None)
+    @cache
     def best(count: int, done: int) -> tuple[float, float, tuple[int, ...]]:
         """(slowest, sum of squares, cuts) of the first `done` blocks in `count` stages."""
         if count == 1:

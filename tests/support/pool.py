@@ -70,7 +70,7 @@ def _serve(rank: int, pipe) -> None:
             result = getattr(importlib.import_module(module), name)(**arguments)
             dist.barrier()
             answer = ("done", result)
-        except BaseException:  # noqa: BLE001 - whatever it was, the test must see it
+        except BaseException:  # whatever it was, the test must see it
             answer = ("failed", traceback.format_exc())
         finally:
             with contextlib.suppress(Exception):
@@ -100,7 +100,7 @@ class Pool:
             pipe.recv()
 
     def stop(self) -> None:
-        for process, pipe in self.workers:
+        for _, pipe in self.workers:
             with contextlib.suppress(OSError):
                 pipe.send(None)
             pipe.close()
