@@ -27,7 +27,10 @@ from megagpt2.model.layers import DenseBuilder
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--prompt", default="", help="text to continue; '-' reads standard input (default: none)")
+    parser.add_argument(
+        "--prompt", default="",
+        help="text to continue (default: none); '-' reads standard input, without the line end that ends it",
+    )
     parser.add_argument("--tokens", type=int, default=100, help="how many to generate at most (default: 100)")
     parser.add_argument("--samples", type=int, default=1, help="continuations of the prompt (default: 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
@@ -36,6 +39,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
     for name, least in [("tokens", 1), ("samples", 1)]:
         if getattr(arguments, name) < least:
             parser.error(f"--{name} {getattr(arguments, name)}: use at least {least}")
@@ -72,11 +77,17 @@ def load(folder: Path, device: torch.device) -> tuple[GPT2, Tokenizer]:
     for name, parameter in model.named_parameters():
         parameter.data.copy_(weights.local_value(specs[name]))
     try:
-        return model.eval(), Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder)
     except (ValueError, OSError) as error:
         raise store.CheckpointError(
             f"{error}. Train with data.tokenizer set, or copy the tokenizer's files into {folder}"
         ) from None
+    if tokenizer.vocabulary_size > config.vocabulary:
+        raise store.CheckpointError(
+            f"{folder}: its tokenizer has {tokenizer.vocabulary_size} tokens, its model only {config.vocabulary}:"
+            " they don't belong together"
+        )
+    return model.eval(), tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,14 +100,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt == "-" else arguments.prompt
     start = tokenizer.encode(prompt) or [tokenizer.end_of_text]
     tokens = torch.tensor([start] * arguments.samples, device=device)
     context = model.layers[0].wpe.weight.shape[0]
 
     @torch.no_grad()
     def next_logits(view: torch.Tensor) -> torch.Tensor:
-        return model(view, torch.zeros(len(view), dtype=torch.int64, device=device))[:, -1]
+        logits = model(view, torch.zeros(len(view), dtype=torch.int64, device=device))[:, -1]
+        return logits[:, : tokenizer.vocabulary_size]  # the model may have more words than stand for text
 
     out = generate(
         next_logits, tokens, arguments.tokens, context, sampling, arguments.seed, stop=tokenizer.end_of_text

@@ -87,6 +87,29 @@ def open_corpus(prefix: Path, field: str, config: Config) -> IndexedCorpus:
     return corpus
 
 
+def open_tokenizer(config: Config, corpora: list[IndexedCorpus | None]) -> Tokenizer | None:
+    """The tokenizer that fits the model and made the corpora, or a ConfigError."""
+    if config.data.tokenizer is None:
+        return None
+    try:
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"data.tokenizer: {error}") from None
+    if tokenizer.vocabulary_size > config.model.vocabulary:
+        raise ConfigError(
+            f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocabulary_size} tokens, model.vocabulary is"
+            f" {config.model.vocabulary}: set model.vocabulary to {tokenizer.vocabulary_size}"
+        )
+    for corpus in filter(None, corpora):
+        made_with = (corpus.manifest or {}).get("tokenizer_sha256", tokenizer.sha256)
+        if made_with != tokenizer.sha256:  # its samples, and those of every checkpoint, would be gibberish
+            raise ConfigError(
+                f"data.tokenizer: {config.data.tokenizer} (sha256 {tokenizer.sha256[:12]}) is not the tokenizer that"
+                f" made {corpus.prefix} (sha256 {made_with[:12]}): name that one, or prepare the corpus again"
+            )
+    return tokenizer
+
+
 def open_material(config: Config, plan: Plan) -> Material:
     """Everything that the configuration names, checked before any process group exists."""
     if config.data.train is None:
@@ -102,27 +125,19 @@ def open_material(config: Config, plan: Plan) -> Material:
                 f" than one micro-batch on each of {plan.data} data-parallel ranks ({plan.micro_batch * plan.data}):"
                 " use a smaller batch.micro_batch, or validation.every=0"
             )
-    tokenizer = None
-    if config.data.tokenizer is not None:
-        try:
-            tokenizer = Tokenizer.load(config.data.tokenizer)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"data.tokenizer: {error}") from None
-        if tokenizer.vocabulary_size > config.model.vocabulary:
-            raise ConfigError(
-                f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocabulary_size} tokens, model.vocabulary is"
-                f" {config.model.vocabulary}: set model.vocabulary to {tokenizer.vocabulary_size}"
-            )
-    return Material(train, valid, tokenizer)
+    return Material(train, valid, open_tokenizer(config, [train, valid]))
 
 
-def prepare_directory(config: Config) -> None:
-    """Create the run's folder and keep the resolved configuration in it (rank 0)."""
-    try:
-        config.run.directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.run.directory / "config.yaml")
-    except OSError as error:
-        raise ConfigError(f"run.directory: {config.run.directory} can't be written: {error}") from None
+def check_directory(directory: Path) -> None:
+    """Refuse a run.directory that can't be written, without writing: every rank sees the same."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        why = f"{there} is a file"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        why = f"this user may not write in {there}"
+    else:
+        return
+    raise ConfigError(f"run.directory: {directory} can't be written, {why}: name another folder")
 
 
 def start_ranks(environment: RankEnvironment, plan_device: str) -> torch.device:
@@ -155,13 +170,15 @@ def broadcast_text(text: str | None, device: torch.device) -> str | None:
 
 
 def agree_on_checkpoint(config: Config, device: torch.device) -> tuple[Loaded | None, list[str]]:
-    """Rank 0 looks, every rank opens what it found; an error is the same error everywhere."""
+    """Rank 0 looks and opens, then every rank does; an error is the same ConfigError everywhere."""
     notes: list[str] = []
     answer = None
     if dist.get_rank() == 0:
         try:
             folder, notes = choose(config.checkpoint.resume, config.run.directory / "checkpoints")
-            answer = None if folder is None else f"ok:{folder}"
+            if folder is not None:
+                open_checkpoint(folder, config.model)  # refuses another model's
+                answer = f"ok:{folder}"
         except store.CheckpointError as error:
             answer = f"error:{error}"
     answer = broadcast_text(answer, device)
@@ -250,12 +267,15 @@ def sampler(engine: Engine, tokenizer: Tokenizer):
     """Writes the configured samples with the model as it is: every rank takes part."""
     monitor = engine.config.monitor
 
+    def words_logits(tokens: torch.Tensor) -> torch.Tensor:
+        return next_logits(engine, tokens)[:, : tokenizer.vocabulary_size]  # the model may have more
+
     def samples() -> list[tuple[str, str]]:
         texts = []
         for number, prompt in enumerate(monitor.sample_prompts):
             tokens = torch.tensor([tokenizer.encode(prompt) or [tokenizer.end_of_text]], device=engine.device)
             out = generate(
-                lambda t: next_logits(engine, t), tokens, monitor.sample_tokens, engine.config.sequence_length,
+                words_logits, tokens, monitor.sample_tokens, engine.config.sequence_length,
                 Sampling(top_k=40), seed=engine.config.training.seed + number, stop=tokenizer.end_of_text,
             )
             texts.append((prompt, tokenizer.decode(out[0, tokens.shape[1] :].tolist())))
@@ -289,6 +309,8 @@ def train(config: Config, plan: Plan, material: Material, environment: RankEnvir
     """One run on this rank; returns the exit code."""
     device = start_ranks(environment, device_type)
     loaded, notes = agree_on_checkpoint(config, device)
+    if environment.rank == 0:  # not before: a refused request leaves no trace
+        save_config(config, config.run.directory / "config.yaml")
     topology = build_topology(plan.tensor, plan.pipeline)
     engine = build_engine(config, plan, topology, device)
     progress = load_state(engine, loaded)
@@ -304,7 +326,7 @@ def train(config: Config, plan: Plan, material: Material, environment: RankEnvir
     def save(at: Progress) -> None:
         folder = save_checkpoint(checkpoints, snapshot(engine, at, material), topology)
         if environment.rank == 0 and config.checkpoint.keep:
-            store.prune(checkpoints, config.checkpoint.keep)
+            store.prune(checkpoints, config.checkpoint.keep, folder)
         monitor.event(at.step, f"saved {folder}")
 
     with monitor:
@@ -335,15 +357,18 @@ def main(argv: list[str] | None = None) -> int:
         facts = Facts.detect(environment.world_size, config.training.device)
         plan = check(config, facts)
         material = open_material(config, plan)
-        if rank == 0:
-            prepare_directory(config)
+        check_directory(config.run.directory)
         export(environment)
         return train(config, plan, material, environment, facts.device)
     except (ConfigError, store.CheckpointError, ValueError) as error:
         if not isinstance(error, (ConfigError, store.CheckpointError)) and dist.is_initialized():
             raise  # not the user's request: show where it came from
-        if rank == 0:
-            print(f"megagpt2: {error}", file=sys.stderr)
+        alone = isinstance(error, store.CheckpointError)  # it may have met only this rank
+        if rank == 0 or alone:
+            print(f"megagpt2: {error}", file=sys.stderr, flush=True)
+        if dist.is_initialized() and not alone:
+            dist.barrier()  # launchers stop all at the first exit: not before the message is out
+            dist.destroy_process_group()
         return 2
 
 

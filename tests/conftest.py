@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from tests.support.pool import Pool
+
+# Tests never depend on how long something takes: hypothesis' limit of 200 ms an example fails on a busy machine.
+settings.register_profile("megagpt2", deadline=None)
+settings.load_profile("megagpt2")
 
 
 @pytest.fixture(scope="session")

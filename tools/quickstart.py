@@ -27,6 +27,7 @@ from rich.table import Table
 from megagpt2.config import Config, ConfigError, load_config
 from megagpt2.data.indexed import IndexedCorpus
 from megagpt2.data.order import Order
+from megagpt2.parallel.launch import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
@@ -34,10 +35,24 @@ _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "i
 
 def run(*command: str | Path, **environment: str) -> None:
     """Run a step; its failure ends the quickstart with its exit code."""
+    sys.stdout.flush()  # or, in a pipe, our lines come after the step's
     result = subprocess.run([str(part) for part in command], env=os.environ | environment, check=False)
     if result.returncode:
         print(f"quickstart: {Path(str(command[1])).name} ended with exit code {result.returncode}", file=sys.stderr)
         sys.exit(result.returncode)
+
+
+def check_request(config: Config) -> None:
+    """What this program needs of a configuration, beyond what training does."""
+    data = config.data
+    for name in ("train", "valid", "tokenizer"):
+        if getattr(data, name) is None:
+            raise ConfigError(f"data.{name} is not set: name where the quickstart is to write it")
+    prefix = str(data.train).removesuffix("_train")
+    if (str(data.train), str(data.valid)) != (f"{prefix}_train", f"{prefix}_valid"):
+        raise ConfigError(f"data.train {data.train} and data.valid {data.valid}: must be PREFIX_train and PREFIX_valid")
+    if not config.validation.every:
+        raise ConfigError("validation.every is 0: the quickstart compares validations, set it to 1 or more")
 
 
 def program(name: str) -> Path:
@@ -102,13 +117,13 @@ def read_log(config: Config) -> tuple[list[dict], dict]:
     return [r for r in rows if r["kind"] == "validation"], [r for r in rows if r["kind"] == "step"][-1]
 
 
-def report(config: Config, console: Console, seconds: float) -> float:
+def report(config: Config, console: Console, replicas: int, seconds: float) -> float:
     """The result as a table; nats per token by which the model beats the unigram model."""
     validations, last = read_log(config)
     before, after = validations[0], validations[-1]
     held_out = Order(len(IndexedCorpus(config.data.valid).tokens), config.sequence_length, 0, shuffle=False)
     windows = min(config.validation.batches * config.batch.global_batch, held_out.windows)
-    windows -= windows % config.batch.micro_batch
+    windows -= windows % (config.batch.micro_batch * replicas)
     unigram = unigram_loss(config, windows)
     bits = after["bits_per_byte"] / after["loss"]
     table = Table(title=f"held-out text, {windows} windows of {config.sequence_length} tokens", title_justify="left")
@@ -139,9 +154,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="as for launch/pretrain.py")
     arguments = parser.parse_intermixed_args()
     begin = time.monotonic()
+    file = arguments.config.absolute()  # what the user means is beside them; the paths in it are this checkout's
     os.chdir(ROOT)
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(file, arguments.overrides)
+        check_request(config)
     except ConfigError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
@@ -154,11 +171,13 @@ def main() -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // arguments.ranks)
     run(
         sys.executable, program("deepspeed"), "--num_accelerators", str(arguments.ranks),
-        "--log_level", "error", ROOT / "launch/pretrain.py", "--config", arguments.config, *arguments.overrides,
+        "--master_port", str(free_port()), "--log_level", "error", ROOT / "launch/pretrain.py",
+        "--config", file, *arguments.overrides,
         OMP_NUM_THREADS=str(threads), DS_ACCELERATOR="cpu",
     )
     console.rule("3. what it learned", align="left")
-    gain = report(config, console, time.monotonic() - begin)
+    replicas = arguments.ranks // (config.parallel.tensor_parallel * config.parallel.pipeline_parallel)
+    gain = report(config, console, replicas, time.monotonic() - begin)
     checkpoint = sorted((config.run.directory / "checkpoints").glob("step_*"))[-1]
     run(
         sys.executable, ROOT / "launch/generate.py", "--checkpoint", checkpoint, "--prompt", "def ", "--tokens", "80",

@@ -65,6 +65,10 @@ class SliceReader:
         """The whole tensor of one kind ("master", "exp_avg", "exp_avg_sq") of a parameter, fp32."""
         if spec.name not in self.places:
             raise CheckpointError(f"{self.folder} has no state of {spec.name}: is it another model?")
+        if kind not in self.kinds:
+            raise CheckpointError(
+                f"{self.folder} has no {kind}, only {', '.join(sorted(self.kinds))}: another optimizer wrote it"
+            )
         whole = torch.empty(spec.shape)
         covered = torch.zeros(spec.shape, dtype=torch.bool)
         shards: dict[tuple, list[tuple[Path, dict]]] = {}

@@ -69,10 +69,11 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def begin(checkpoints: Path, step: int) -> Path:
-    """An empty folder to write into; what an interrupted save left there is removed."""
+    """An empty folder to write into; what interrupted saves and prunings left, of any step, is removed."""
+    for name in (".step_*.partial", ".step_*.removing"):
+        for left in checkpoints.glob(name):
+            shutil.rmtree(left)
     partial = partial_folder(checkpoints, step)
-    if partial.exists():
-        shutil.rmtree(partial)
     for name in ("model", "optimizer", "parts"):
         (partial / name).mkdir(parents=True)
     return partial
@@ -113,10 +114,15 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(data, dict) or data.get("version") != VERSION:
         version = data.get("version") if isinstance(data, dict) else None
         raise CheckpointError(f"{path} has version {version!r}, this program reads version {VERSION}")
-    for name in data["files"]:
+    try:
+        manifest = Manifest(data["step"], data["topology"], data["files"])
+        records = {name: (record["size"], record["sha256"]) for name, record in manifest.files.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    for name in records:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{path} names the file {name!r}, which lies outside the checkpoint")
-    return Manifest(data["step"], data["topology"], data["files"])
+    return manifest
 
 
 def verify(folder: Path) -> Manifest:
@@ -155,10 +161,15 @@ def newest_verified(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def prune(checkpoints: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep`; each folder is first renamed, so that none is ever half there."""
+def prune(checkpoints: Path, keep: int, newest: Path) -> list[Path]:
+    """Remove all but `keep` up to `newest`; each folder is first renamed, so that none is ever half there.
+
+    Folders of later steps don't count: they are damaged, or of a run that was begun anew, and the run that goes on
+    below them must not lose what it saves. It replaces them when it gets there.
+    """
     removed = []
-    for folder in all_steps(checkpoints)[:-keep]:
+    folders = all_steps(checkpoints)
+    for folder in folders[: folders.index(newest) + 1][:-keep]:
         doomed = folder.with_name(f".{folder.name}.removing")
         folder.rename(doomed)
         shutil.rmtree(doomed)

@@ -27,6 +27,7 @@ DEEPSPEED_OWNED: dict[str, str] = {
     "sequence_parallel_size": "parallel.sequence_parallel",
     "activation_checkpointing": "parallel.activation_checkpointing",
     "pipeline.activation_checkpoint_interval": "parallel.activation_checkpointing",
+    "pipeline.use_reentrant": "parallel.activation_checkpointing",
     "pipeline.pipe_partitioned": "parallel.sequence_parallel",
     "pipeline.grad_partitioned": "parallel.sequence_parallel",
     "bf16.enabled": "training.precision",
@@ -41,6 +42,8 @@ DEEPSPEED_OWNED: dict[str, str] = {
     "data_types": "training.precision",
     "gradient_clipping": "optimizer.clip",
     "optimizer": "optimizer",
+    "zero_allow_untested_optimizer": "optimizer.name",
+    "zero_force_ds_cpu_optimizer": "optimizer.name",
     "scheduler": "schedule",
     "tensorboard": "monitor.tensorboard",
 }
@@ -129,7 +132,7 @@ def world_divides(config: Config, facts: Facts) -> Refusal | None:
     candidates = (_changed((TENSOR, tensor, t), (PIPELINE, pipeline, p)) for t, p in nearest)
     worlds = " or ".join(str(number) for number in sorted(_near_multiples(world, copy)))
     why = (
-        f"{world} ranks / ({tensor} x {pipeline}) = {world / copy:.4g} is not a whole number of "
+        f"{world} rank{'s'[: world - 1]} / ({tensor} x {pipeline}) = {world / copy:.4g} is not a whole number of "
         f"data-parallel copies (it is for {worlds} ranks)"
     )
     return Refusal(TENSOR, f"{tensor} x pipeline_parallel {pipeline} = {copy}", why, candidates)

@@ -61,6 +61,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Control characters and Unicode's line ends are escaped: PyYAML loses some in its other styles."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _tag, _pattern, _first in _SCALARS:
     _compiled = re.compile(rf"^(?:{_pattern})$")
     _characters = [character if character != "\0" else "" for character in _first]

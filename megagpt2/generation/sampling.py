@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative: use 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} is not a number from 0 (greedy) on")
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} is negative: use 0 (off) or more")
         if not 0 < self.top_p <= 1:
@@ -36,8 +37,8 @@ def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         return best.scatter_(1, logits.argmax(1, keepdim=True), 1.0)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
-        least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        values, kept = logits.topk(sampling.top_k, dim=1)  # exactly k, also where bf16 logits are equal
+        logits = torch.full_like(logits, float("-inf")).scatter_(1, kept, values)
     probabilities = logits.softmax(1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=1, descending=True, stable=True)

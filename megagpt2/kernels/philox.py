@@ -53,6 +53,8 @@ def random_bits(key: tuple[int, int], samples: Tensor, start: int, count: int) -
 
     samples: int64 [batch]. Returns int64 [batch, count] with values in [0, 2**32), on samples' device.
     """
+    if not count:  # a rank may hold no row of a small vocabulary
+        return torch.empty(len(samples), 0, dtype=torch.int64, device=samples.device)
     first, last = start // 4, (start + count + 3) // 4  # counters that cover the elements
     low, high = samples[:, None] & _LOW, (samples[:, None] >> 32) & _LOW  # [batch, 1]
     pieces = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from functools import cache
 
 import torch
@@ -40,20 +41,31 @@ def balanced_bounds(costs: list[float], stages: int, first_block: int, last_bloc
         prefix.append(prefix[-1] + cost)
     edge = [0, *range(first_block + 1, last_block + 1), len(costs)]  # where a cut may be; edge[i]: after i blocks
 
+    def time(before: int, done: int) -> float:
+        return prefix[edge[done]] - prefix[edge[before]]
+
     @cache
-    def best(count: int, done: int) -> tuple[float, float, tuple[int, ...]]:
-        """(slowest, sum of squares, cuts) of the first `done` blocks in `count` stages."""
+    def slowest(count: int, done: int) -> float:
+        """The least time of the slowest of `count` stages that share the first `done` blocks."""
         if count == 1:
-            time = prefix[edge[done]]
-            return time, time * time, (edge[done],)
+            return time(0, done)
+        return min(max(slowest(count - 1, before), time(before, done)) for before in range(count - 1, done))
+
+    limit = slowest(stages, blocks)
+
+    @cache
+    def evenest(count: int, done: int) -> tuple[float, tuple[int, ...]]:
+        """(least sum of squares, cuts) of the first `done` blocks in `count` stages, none over the limit."""
+        if count == 0:
+            return 0.0, ()
         options = []
-        for before in range(count - 1, done):
-            slowest, squares, cuts = best(count - 1, before)
-            time = prefix[edge[done]] - prefix[edge[before]]
-            options.append((max(slowest, time), squares + time * time, (*cuts, edge[done])))
+        for before in range(count - 1, done) if count > 1 else [0]:
+            squares, cuts = evenest(count - 1, before)
+            last = time(before, done)
+            options.append((squares + last * last if last <= limit else math.inf, (*cuts, edge[done])))
         return min(options)
 
-    return [0, *best(stages, blocks)[2]]
+    return [0, *evenest(stages, blocks)[1]]
 
 
 class _PlannedLayer(deepspeed.pipe.LayerSpec):

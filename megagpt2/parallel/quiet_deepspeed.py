@@ -17,6 +17,8 @@ from deepspeed.utils import logger  # noqa: E402
 
 logger.setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "`?torch.distributed.*(into_tensor|scatter_tensor)`? is deprecated", FutureWarning)
+# BF16_Optimizer prints the memory in use six times while it is constructed, whatever the log level.
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
 # Its shared-memory collective serves inference only, and is built by a compiler when the process group starts.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -172,9 +172,10 @@ class TensorBuilder(DenseBuilder):
     def tied_embedding(self, name, vocabulary, padded, width, std):
         start, stop = self.share(padded)
         first, last = min(start, vocabulary), min(stop, vocabulary)
+        rows = -(-padded // self.topology.tensor)  # as many on every rank: the loss is cut into chunks by them
         spec = Spec(
             f"{name}.weight", (vocabulary, width), standard_deviation=std, decay=True, dim=0,
-            ranges=((first, last),), padding=(stop - start) - (last - first),
+            ranges=((first, last),), padding=rows - (last - first),
         )
         return VocabularyParallelEmbedding(spec, first, last - first, self.topology, self.sequence_parallel)
 

@@ -7,6 +7,8 @@ Every option here that is not self-evident avoids a wrong number that comes with
 - Gradients accumulate in fp32.
 - pipe_partitioned and grad_partitioned default to true and corrupt sequence-parallel activations.
 - Recomputation is the block's own; DeepSpeed's reentrant default fails at the embedding.
+- BF16_Optimizer takes each gradient when it is made (immediate_grad_update). By default it clears all bf16 gradients when
+  backward reaches the output of the last pipeline stage; the head's, made before that in loss_fn, would be lost.
 - torch's AdamW is handed in: DeepSpeed's own compiles at start, and its CPU form is not bitwise on resume.
 """
 
@@ -63,7 +65,7 @@ def deepspeed_options(config: Config, plan: Plan) -> dict[str, Any]:
     if config.parallel.zero_stage == 3:
         options["zero_optimization"]["memory_efficient_linear"] = False
     if plan.precision == "bf16":
-        options["bf16"] = {"enabled": True}
+        options["bf16"] = {"enabled": True, "immediate_grad_update": True}
     if plan.precision == "fp16":
         options["fp16"] = {
             "enabled": True,

@@ -20,6 +20,7 @@ from megagpt2.model.parameters import Spec
 
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
+_CONFIG_KEYS = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
 INDEX = "model.safetensors.index.json"
 
 
@@ -62,9 +63,14 @@ def read_model_config(folder: Path) -> ModelConfig:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {folder} is not a Hugging Face model folder") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     kind = data.get("model_type")
     if kind not in ("gpt2", "openai-gpt"):
         raise CheckpointError(f"{path} describes a {kind!r} model; gpt2 and openai-gpt can be read")
+    missing = [key for key in _CONFIG_KEYS if key not in data]
+    if missing:
+        raise CheckpointError(f"{path} has no {', '.join(missing)}: it doesn't describe a whole model")
     activation = data.get("activation_function", data.get("afn", "gelu_new"))
     if activation not in ("gelu_new", "gelu_pytorch_tanh") and not (kind == "openai-gpt" and activation == "gelu"):
         raise CheckpointError(f"{path}: activation {activation!r}; only GPT-2's tanh GELU (gelu_new) is implemented")

@@ -1,0 +1,232 @@
+"""The fused head against plain torch: loss, gradients, padding, chunks, a vocabulary cut over ranks (I8, I9)."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megagpt2.kernels import cross_entropy
+from megagpt2.kernels.cross_entropy import head_cross_entropy, token_losses
+from megagpt2.parallel.tensor import TensorBuilder
+from megagpt2.parallel.topology import Topology
+
+TOKENS, WIDTH, WORDS = 37, 16, 101
+
+
+def inputs(dtype=torch.float32, words: int = WORDS, padding: int = 0, tokens: int = TOKENS, std: float = 1.0):
+    """hidden, weight (its padding rows hold rubbish: none may show), targets with the first and the last word."""
+    generator = torch.Generator().manual_seed(tokens + words)
+    hidden = (std * torch.randn(tokens, WIDTH, generator=generator)).to(dtype)
+    weight = torch.randn(words + padding, WIDTH, generator=generator).to(dtype)
+    targets = torch.randint(words, (tokens,), generator=generator)
+    targets[0], targets[-1] = 0, words - 1
+    return hidden, weight, targets
+
+
+def differentiate(function, hidden: Tensor, weight: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and gradients of function(hidden, weight)."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = function(hidden, weight)
+    return loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight))
+
+
+def fused(targets: Tensor, words: int = WORDS):
+    return lambda hidden, weight: head_cross_entropy(hidden, weight, targets, 0, words)
+
+
+def plain(targets: Tensor, words: int = WORDS):
+    return lambda hidden, weight: F.cross_entropy(hidden @ weight[:words].T, targets)
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, words: int = WORDS):
+    return differentiate(plain(targets, words), hidden.double(), weight.double())
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+@pytest.mark.parametrize("padding", [0, 27])
+@pytest.mark.parametrize("std", [1.0, 30.0])
+def test_fp32_is_float64(padding, std):
+    """Sums of 16 and 101 products of fp32's 6e-8: 1e-6 relative to the largest, with logits up to 500 as well."""
+    hidden, weight, targets = inputs(padding=padding, std=std)
+    expected = reference(hidden, weight, targets)
+    # A logit of 500 is itself rounded by 3e-5, and softmax turns that into a relative error.
+    tolerance = 1e-6 if std == 1.0 else 1e-4
+    for ours, theirs in zip(differentiate(fused(targets), hidden, weight), expected, strict=True):
+        assert error(ours, theirs) < tolerance
+    losses = token_losses(hidden, weight, targets, 0, WORDS)
+    each = F.cross_entropy(hidden.double() @ weight[:WORDS].double().T, targets, reduction="none")
+    assert error(losses, each) < tolerance
+
+
+def test_gradcheck():
+    hidden, weight, targets = inputs(torch.float64, words=7, padding=2, tokens=5)
+    arguments = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(fused(targets, 7), arguments)  # its own tolerances, for float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_rows_are_nowhere(dtype):
+    """Their gradient is exactly 0, and loss and gradients are bit by bit those without them but for the GEMM's order
+    of adding, which may follow the shape: 1e-6 in fp32, one bf16 rounding (2**-8) in bf16."""
+    hidden, weight, targets = inputs(dtype, padding=27)
+    loss, d_hidden, d_weight = differentiate(fused(targets), hidden, weight)
+    assert (d_weight[WORDS:] == 0).all()
+    without = differentiate(fused(targets), hidden, weight[:WORDS])
+    for ours, theirs in zip((loss, d_hidden, d_weight[:WORDS]), without, strict=True):
+        assert error(ours, theirs) < (1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [1, 2, 5, 36])
+def test_chunks_change_nothing(monkeypatch, tokens_at_a_time):
+    """Only the order of additions: of 37 losses, and of 37 products in each weight gradient. 5e-7 = 8 fp32 roundings."""
+    hidden, weight, targets = inputs(padding=27)
+    whole, losses = differentiate(fused(targets), hidden, weight), token_losses(hidden, weight, targets, 0, WORDS)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", tokens_at_a_time * len(weight))
+    for ours, theirs in zip(differentiate(fused(targets), hidden, weight), whole, strict=True):
+        assert error(ours, theirs) < 5e-7
+    assert error(token_losses(hidden, weight, targets, 0, WORDS), losses) < 5e-7
+
+
+@pytest.mark.parametrize("std", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("tokens", [5, 1000])
+def test_bf16_error_is_at_most_twice_torchs(monkeypatch, std, tokens):
+    """I8, on each of loss and gradients; with chunks of 64 tokens, as a large vocabulary has them.
+
+    torch's loss of bf16 logits is bf16: the error allowed is at least one rounding of fp32's, 1e-6.
+    """
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 64 * (WORDS + 27))
+    hidden, weight, targets = inputs(torch.bfloat16, padding=27, tokens=tokens, std=std)
+    expected = reference(hidden, weight, targets)
+    ours = differentiate(fused(targets), hidden, weight)
+    torchs = differentiate(plain(targets), hidden, weight)
+    for what, a, b, exact in zip(("loss", "d hidden", "d weight"), ours, torchs, expected, strict=True):
+        assert error(a, exact) <= max(2 * error(b, exact), 1e-6), what
+
+
+def test_the_scale_of_the_loss_reaches_the_gradients():
+    """A loss scale of 2**16 multiplies fp32 gradients exactly."""
+    hidden, weight, targets = inputs()
+    _, *once = differentiate(fused(targets), hidden, weight)
+    _, *scaled = differentiate(fused(targets), hidden, weight, scale=2.0**16)
+    for a, b in zip(scaled, once, strict=True):
+        assert torch.equal(a, b * 2.0**16)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_fp16_gradients_are_neither_lost_nor_infinite(scale):
+    """4096 tokens: a gradient of 1e-3 / 4096 is below fp16's least normal number 6e-5, its scaled form is not.
+
+    One fp16 rounding is 2**-11 relative; 8 of them for what the products of fp16 numbers add up to.
+    """
+    hidden, weight, targets = inputs(torch.float16, tokens=4096)
+    expected = reference(hidden, weight, targets)
+    _, d_hidden, d_weight = differentiate(fused(targets), hidden, weight, scale)
+    assert d_hidden.isfinite().all() and d_weight.isfinite().all()
+    assert error(d_weight.double() / scale, expected[2]) < 8 * 2**-11
+    if scale > 1:
+        assert error(d_hidden.double() / scale, expected[1]) < 8 * 2**-11
+
+
+def test_without_gradients_it_is_the_mean_of_the_tokens():
+    hidden, weight, targets = inputs(padding=27)
+    with torch.no_grad():
+        value = head_cross_entropy(hidden.requires_grad_(), weight, targets, 0, WORDS)
+    assert not value.requires_grad
+    assert error(value, differentiate(fused(targets), hidden.detach(), weight)[0]) < 5e-7  # order of additions
+
+
+class Ranks:
+    """Threads in the place of ranks: each has reductions over all of them, one after the other in step."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.barrier = count, threading.Barrier(count, timeout=20)
+        self.slots: list[Tensor] = [torch.empty(0)] * count
+
+    def reduce(self, rank: int, how):
+        def reduced(x: Tensor) -> Tensor:
+            self.slots[rank] = x
+            self.barrier.wait()
+            assert len({slot.shape for slot in self.slots}) == 1, "the ranks are in different places"
+            result = how(torch.stack(self.slots))
+            self.barrier.wait()
+            return result
+
+        return reduced
+
+    def run(self, function) -> list:
+        """function(rank, maximum, total) on every rank."""
+
+        def one(rank: int):
+            try:
+                maximum = self.reduce(rank, lambda x: x.amax(0))
+                return function(rank, maximum, self.reduce(rank, lambda x: x.sum(0)))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.count) as threads:
+            return list(threads.map(one, range(self.count)))
+
+
+def shards(words: int, padded: int, ranks: int):
+    """What the sharded builder gives each rank: (spec, first word, rows that are words)."""
+    with torch.device("meta"):
+        tables = [
+            TensorBuilder(0, Topology(tensor=ranks, rank=rank), False).tied_embedding("wte", words, padded, WIDTH, 0.02)
+            for rank in range(ranks)
+        ]
+    return [(table.weight.spec, table.first, table.rows) for table in tables]
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 200])
+@pytest.mark.parametrize(("words", "ranks"), [(101, 2), (101, 3), (129, 5), (40, 4)], ids=str)
+def test_a_vocabulary_in_shards_is_the_whole(monkeypatch, words, ranks, chunk):
+    """129 words over 5 ranks and 40 over 4 leave ranks without a word. Sums in another order: 1e-6 in fp32."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk)
+    padded = -(-words // 128) * 128
+    hidden, weight, targets = inputs(words=words)
+    parts = shards(words, padded, ranks)
+    if (words, ranks) != (101, 2) and words != 101:
+        assert any(rows == 0 for _, _, rows in parts)
+
+    def one(rank, maximum, total):
+        spec, first, rows = parts[rank]
+        local = spec.local(weight)
+        evaluated = token_losses(hidden, local, targets, first, rows, maximum, total)
+        return evaluated, *differentiate(
+            lambda h, w: head_cross_entropy(h, w, targets, first, rows, maximum, total), hidden, local
+        )
+
+    answers = Ranks(ranks).run(one)
+    loss, d_hidden, d_weight = reference(hidden, weight, targets, words)
+    each = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+    for evaluated, value, _, _ in answers:
+        assert torch.equal(value, answers[0][1])  # every rank reports the same number
+        assert error(value, loss) < 1e-6
+        assert error(evaluated, each) < 1e-6
+    assert error(sum(answer[2] for answer in answers), d_hidden) < 1e-6  # partial sums, as the contract says
+    whole = torch.full_like(weight, float("nan"))
+    for (spec, _, rows), (*_, gradient) in zip(parts, answers, strict=True):
+        spec.place(gradient, whole)
+        assert (gradient[rows:] == 0).all()
+    assert error(whole, d_weight) < 1e-6
+
+
+@given(st.integers(1, 5000), st.integers(1, 40))
+@settings(max_examples=50)
+def test_shards_have_equally_many_rows_and_every_word_once(words, ranks):
+    """The rows decide how many tokens make a chunk: with unequal rows the ranks' reductions would not meet."""
+    parts = shards(words, -(-words // 128) * 128, ranks)
+    assert len({spec.local_shape for spec, _, _ in parts}) == 1
+    assert [word for _, first, rows in parts for word in range(first, first + rows)] == list(range(words))
+    assert all(spec.ranges == ((first, first + rows),) for spec, first, rows in parts)

@@ -1,0 +1,122 @@
+"""FLOPs are what torch counts, and pipeline stages are cut as evenly as they can be."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from megagpt2.config.schema import ModelConfig
+from megagpt2.model.gpt2 import layer_plans
+from megagpt2.parallel.pipeline import balanced_bounds
+from megagpt2.planning.time import head_flops, layer_costs, model_tflops, peak_tflops, token_flops
+from tests.support.models import dense_model, dropped, model_config, random_tokens
+
+
+def addmm_flops(_, a, b, out_shape) -> int:
+    """torch counts addmm, and not its in-place form, which adds up the head's weight gradient in fp32."""
+    return 2 * a[0] * a[1] * b[1]
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("feed_forward", [None, 40])
+def test_token_flops_are_what_torch_counts(norm, feed_forward):
+    """Exactly, once the two things that are computed but not counted are added.
+
+    Dropout makes the model write attention out as products over the whole square: its upper half, of which nothing
+    comes, is another 2 w s per layer forward. The head's padding rows are multiplied too. Both three times, for
+    forward and backward.
+    """
+    config = dropped(model_config(norm=norm, feed_forward=feed_forward))
+    model, (tokens, targets, samples) = dense_model(config), random_tokens(config)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+        model(tokens, samples, targets).backward()
+    sequence = tokens.shape[1]
+    upper_half = 3 * 2 * config.layers * config.width * sequence
+    padding = 3 * 2 * config.width * (config.padded_vocabulary - config.vocabulary)
+    assert counter.get_total_flops() == tokens.numel() * (token_flops(config, sequence) + upper_half + padding)
+
+
+def test_gpt2_flops_are_the_papers_formula():
+    """Narayanan et al. 2021, equation 3, without its recomputation (a quarter) and with half of attention's square:
+    72 l w^2 (1 + s / 12 w + V / 12 l w) a token. Equal but for rounding."""
+    config = ModelConfig(layers=12, width=768, heads=12)
+    layers, width, sequence, words = 12, 768, 1024, 50257
+    formula = 72 * layers * width**2 * (1 + sequence / (12 * width) + words / (12 * layers * width))
+    assert token_flops(config, sequence) == pytest.approx(formula, rel=1e-12)
+    assert model_tflops(config, sequence, 1e5, 4) == pytest.approx(formula * 1e5 / 4 / 1e12, rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_layer_costs_are_the_layer_lists(norm):
+    config = model_config(norm=norm)
+    names = [plan.name for plan in layer_plans(config)]
+    costs = dict(zip(names, layer_costs(config, 16), strict=True))
+    assert costs["wte"] == costs["wpe"] == costs.get("ln_f", 0.0) == 0.0
+    assert costs["head"] == head_flops(config)
+    assert 3 * sum(costs.values()) == token_flops(config, 16)
+
+
+def test_peaks_are_found_by_the_longest_name():
+    assert peak_tflops("NVIDIA H100 PCIe") == 756.0
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989.0
+    assert peak_tflops("NVIDIA L40S") == 362.0
+    assert peak_tflops("a toaster") is None
+
+
+def stage_times(costs: list[float], bounds: list[int]) -> list[float]:
+    return [sum(costs[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def legal_bounds(layers: int, first: int, last: int, stages: int):
+    """Every way to cut with a block in every stage, and what is not a block at the ends."""
+    for cuts in combinations(range(first + 1, last + 1), stages - 1):
+        yield [0, *cuts, layers]
+
+
+COSTS = st.integers(0, 9).map(float)  # whole numbers: their sums are exact, and ties are frequent
+
+
+@given(
+    st.lists(COSTS, max_size=2), st.lists(COSTS, min_size=1, max_size=9), st.lists(COSTS, max_size=2), st.integers(1, 5)
+)
+@example([], [7.0, 4.0, 4.0, 8.0, 0.0, 1.0, 9.0], [], 5)  # the evenest first stages are not part of the evenest whole
+def test_cuts_are_optimal(before, blocks, after, stages):
+    """Against all legal cuts: the slowest stage is as fast as can be, and of those the squares sum up to least."""
+    costs = [*before, *blocks, *after]
+    first, last = len(before), len(before) + len(blocks) - 1
+    if stages > len(blocks):
+        with pytest.raises(ValueError, match=f"{len(blocks)} blocks can't fill {stages} pipeline stages"):
+            balanced_bounds(costs, stages, first, last)
+        return
+
+    def judge(bounds: list[int]) -> tuple[float, float]:
+        times = stage_times(costs, bounds)
+        return max(times), sum(time * time for time in times)
+
+    bounds = balanced_bounds(costs, stages, first, last)
+    assert bounds in list(legal_bounds(len(costs), first, last, stages))
+    assert judge(bounds) == min(judge(other) for other in legal_bounds(len(costs), first, last, stages))
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "stages", "blocks"),
+    [
+        (48, 1600, 25, 4, [12, 13, 13, 10]),  # the head takes 2.5 blocks' time: three fewer in its stage
+        (48, 1600, 25, 1, [48]),
+        (12, 768, 12, 4, [4, 4, 3, 1]),  # and 5 blocks' time in a small model
+        (12, 768, 12, 12, [1] * 12),
+    ],
+)
+def test_gpt2_stages(layers, width, heads, stages, blocks):
+    """Equal blocks in another order are as good: only the last stage's number is certain."""
+    config = ModelConfig(layers=layers, width=width, heads=heads)
+    bounds = balanced_bounds(layer_costs(config, 1024), stages, 2, layers + 1)
+    names = [plan.name for plan in layer_plans(config)]
+    counts = [
+        sum(name.startswith("h.") for name in names[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+    assert sorted(counts[:-1]) == sorted(blocks[:-1])
+    assert counts[-1] == blocks[-1]

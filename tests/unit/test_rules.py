@@ -1,0 +1,513 @@
+"""The table of legal combinations: each rule refuses exactly its thing, in words that help.
+
+Every case below is a request that is legal, and the one change that makes it illegal. The legal one is the control:
+it shows that nothing but that change is refused.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from megagpt2.config import Config, ConfigError, Facts, IllegalRequest, check, legal_layouts
+from megagpt2.config.batching import accumulation_steps, ramped_batch
+from megagpt2.config.refusals import DEEPSPEED_OWNED
+from megagpt2.config.rules import RULES, rules_table_markdown, violations
+from megagpt2.config.schema import RampUp
+
+BASE = Config.model_validate(
+    {
+        "model": {"layers": 4, "width": 40, "heads": 5, "context": 64},
+        "batch": {"global_batch": 16, "micro_batch": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {"steps": 100},
+    }
+)
+CPU = Facts(world_size=1)
+GPU = Facts(world_size=1, device="cuda", bf16=True, fp16=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A legal request, the change that one rule refuses, and what the message must hold."""
+
+    rule: str
+    illegal: Mapping[str, Any]
+    says: tuple[str, ...]
+    legal: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = CPU
+    illegal_facts: Facts | None = None
+
+    @property
+    def control(self) -> Config:
+        return BASE.replace(self.legal)
+
+    @property
+    def refused(self) -> tuple[Config, Facts]:
+        return self.control.replace(self.illegal), self.illegal_facts or self.facts
+
+
+def ranks(count: int, facts: Facts = CPU) -> Facts:
+    return replace(facts, world_size=count)
+
+
+TP, PP, SP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.sequence_parallel"
+ZERO, BATCH, MICRO, LENGTH = "parallel.zero_stage", "batch.global_batch", "batch.micro_batch", "batch.sequence_length"
+RECOMPUTE = "parallel.activation_checkpointing"
+RAMP = {"start": 4, "increment": 4, "samples": 100}
+OFFLOAD = {"zero_optimization": {"offload_param": {"device": "cpu"}}}
+
+CASES = (
+    Case(
+        "deepspeed-present",
+        {},
+        ("training: ", "deepspeed can't be imported", "make setup"),
+        illegal_facts=replace(CPU, deepspeed=False),
+    ),
+    Case(
+        "device-present",
+        {"training.device": "cuda"},
+        ("training.device: cuda was asked", "runs on cpu", "nearest legal values: cpu, auto"),
+    ),
+    Case(
+        "device-present",
+        {"training.device": "cpu"},
+        ("training.device: cpu was asked", "runs on cuda", "nearest legal values: cuda, auto"),
+        facts=GPU,
+    ),
+    Case(
+        "world-divides",
+        {TP: 3},
+        (f"{TP}: 3 x pipeline_parallel 1 = 3 was asked", "8 ranks / (3 x 1) = 2.667", "6 or 9 ranks", ": 2, 4"),
+        legal={TP: 2},
+        facts=ranks(8),
+    ),
+    Case(
+        "world-divides",
+        {TP: 3, PP: 3},
+        ("4 ranks / (3 x 3) = 0.4444", "it is for 9 ranks", f"{TP}=2 with {PP}=2"),
+        legal={TP: 2},
+        facts=ranks(4),
+    ),
+    Case(
+        "heads-over-tensor",
+        {TP: 8},
+        (f"{TP}: 8 was asked, but the model has 5 heads and each rank needs at least one", ": 4, 2"),
+        legal={TP: 4},
+        facts=ranks(8),
+    ),
+    Case(
+        "heads-over-tensor",
+        {TP: 6},
+        (f"{TP}: 6 was asked", "5 heads", "nearest legal values: 3, 2"),
+        legal={TP: 3, BATCH: 12},
+        facts=ranks(6),
+    ),
+    Case(
+        "matrices-over-tensor",
+        {TP: 4},
+        (f"{TP}: 4 was asked", "the MLP has 3 columns", "nearest legal values: 2, 1"),
+        legal={TP: 2, "model.feed_forward": 3},
+        facts=ranks(4),
+    ),
+    Case(
+        "layers-over-pipeline",
+        {PP: 8},
+        (f"{PP}: 8 was asked", "4 layers and each stage needs at least one", "nearest legal values: 4, 2"),
+        legal={PP: 4},
+        facts=ranks(8),
+    ),
+    Case(
+        "zero-with-pipeline",
+        {ZERO: 2},
+        (f"{ZERO}: 2 was asked", "pipeline_parallel is 2", f"nearest legal value: 1, or {PP}=1"),
+        legal={PP: 2},
+        facts=ranks(2),
+    ),
+    Case(
+        "zero-with-pipeline",
+        {PP: 2},
+        (f"{ZERO}: 3 was asked", "pipeline_parallel is 2"),
+        legal={ZERO: 3},
+        facts=ranks(2),
+    ),
+    Case(
+        "sequence-needs-tensor",
+        {SP: True},
+        (f"{SP}: true was asked", "tensor_parallel is 1", f"nearest legal value: false, or {TP}=2"),
+        facts=ranks(4),
+    ),
+    Case(
+        "sequence-splits",
+        {LENGTH: 61},
+        (f"{LENGTH}: 61 was asked", "61 / 4 = 15.25", f"nearest legal values: 60, 64, or {SP}=false"),
+        legal={TP: 4, SP: True, LENGTH: 60},
+        facts=ranks(4),
+    ),
+    Case(
+        "sequence-fits",
+        {LENGTH: 65},
+        (f"{LENGTH}: 65 was asked", "64 positions", "nearest legal value: 64, or model.context=65"),
+        legal={LENGTH: 64},
+    ),
+    Case(
+        "batch-divides",
+        {BATCH: 15},
+        (f"{BATCH}: 15 was asked", "micro_batch 2 x data-parallel size 4 = 8", "15 / 8 = 1.875", ": 16, 8"),
+        facts=ranks(4),
+    ),
+    Case(
+        "batch-divides",
+        {MICRO: 3},
+        (f"{BATCH}: 16 was asked", "micro_batch 3", ": 12, 24", f"or {MICRO}=2 or {MICRO}=4"),
+        facts=ranks(4),
+    ),
+    Case(
+        "ramp-fits",
+        {"batch.ramp_up.start": 5},
+        ("batch.ramp_up: start 5", "micro_batch 2 x data-parallel size 2 = 4", "batch.ramp_up.start=4"),
+        legal={"batch.ramp_up": RAMP},
+        facts=ranks(2),
+    ),
+    Case(
+        "ramp-fits",
+        {"batch.ramp_up.increment": 6},
+        ("increment 6", "= 4, and at most global_batch 16", "increment=4", "increment=8", "nearest legal value: null"),
+        legal={"batch.ramp_up": RAMP},
+        facts=ranks(2),
+    ),
+    Case(
+        "ramp-fits",
+        {"batch.ramp_up.start": 20},
+        ("start 20", "at most global_batch 16", "batch.ramp_up.start=16"),
+        legal={"batch.ramp_up": RAMP},
+        facts=ranks(2),
+    ),
+    Case(
+        "fp16-usable",
+        {"training.precision": "fp16"},
+        ("training.precision: fp16 was asked", "this cpu does not compute fp16", "nearest legal values: fp32, bf16"),
+    ),
+    Case(
+        "fp16-usable",
+        {},
+        ("training.precision: fp16 was asked", "this cuda does not", "nearest legal values: bf16, fp32"),
+        legal={"training.precision": "fp16"},
+        facts=GPU,
+        illegal_facts=replace(GPU, fp16=False),
+    ),
+    Case(
+        "bf16-usable",
+        {},
+        ("training.precision: bf16 was asked", "this GPU does not", "nearest legal values: fp16, fp32"),
+        legal={"training.precision": "bf16"},
+        facts=GPU,
+        illegal_facts=replace(GPU, bf16=False),
+    ),
+    Case(
+        "warmup-fits",
+        {"schedule.warmup_steps": 101},
+        ("schedule.warmup_steps: 101 was asked", "step 100", "value: 100, or schedule.decay_steps=101"),
+        legal={"schedule.warmup_steps": 100},
+    ),
+    Case(
+        "warmup-fits",
+        {"schedule.name": "wsd"},
+        ("warmup_steps: 91 was asked", "falls from step 90 on", "value: 90, or schedule.decay_steps=102"),
+        legal={"schedule.warmup_steps": 91},
+    ),
+    Case(
+        "validation-has-data",
+        {"data.valid": None},
+        ("validation.every: 10 was asked", "data.valid=PREFIX", "nearest legal value: 0"),
+        legal={"validation.every": 10, "data.valid": Path("corpus")},
+    ),
+    Case(
+        "samples-have-tokenizer",
+        {"data.tokenizer": None},
+        ("monitor.sample_every: 10 was asked", "data.tokenizer=DIRECTORY", "nearest legal value: 0"),
+        legal={"monitor.sample_every": 10, "data.tokenizer": Path("tokenizer")},
+    ),
+    Case(
+        "deepspeed-contradicts",
+        {"deepspeed": {"zero_optimization": {"overlap_comm": True, "stage": 2}, "optimizer": {}}},
+        (
+            "deepspeed.zero_optimization.stage, deepspeed.optimizer was asked",
+            "zero_optimization.stage is decided by our parallel.zero_stage",
+            "optimizer is decided by our optimizer",
+            "remove them",
+        ),
+        legal={"deepspeed": {"zero_optimization": {"overlap_comm": True}}},
+    ),
+    Case(
+        "parameters-offload",
+        {ZERO: 2},
+        (f"{ZERO}: 2 was asked", "only in stage 3", "nearest legal value: 3"),
+        legal={ZERO: 3, "deepspeed": OFFLOAD},
+    ),
+)
+
+
+def named(case: Case) -> str:
+    return case.rule + "-" + "-".join(key.rpartition(".")[2] for key in case.illegal)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_control_is_legal(case: Case) -> None:
+    check(case.control, case.facts)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_only_that_rule_refuses(case: Case) -> None:
+    assert [violation.rule for violation in violations(*case.refused)] == [case.rule]
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_message_names_field_value_reason_and_nearest(case: Case) -> None:
+    with pytest.raises(IllegalRequest) as caught:
+        check(*case.refused)
+    assert isinstance(caught.value, ConfigError)
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    for part in case.says:
+        assert part in text
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_what_is_suggested_is_legal(case: Case) -> None:
+    config, facts = case.refused
+    (violation,) = violations(config, facts)
+    assert violation.suggestions or case.rule == "deepspeed-present"  # no value of ours installs a package
+    for change in violation.suggestions:
+        check(config.replace(change), facts)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule.name for rule in RULES} == {case.rule for case in CASES}
+    assert len({rule.name for rule in RULES}) == len(RULES)
+
+
+def test_docs_table_has_every_rule() -> None:
+    table = rules_table_markdown()
+    assert all(f"| {rule.name} | {rule.forbids} |" in table for rule in RULES)
+
+
+def test_all_violations_in_one_error_one_sentence_each() -> None:
+    asked = BASE.replace({LENGTH: 65, "schedule.warmup_steps": 101, "training.precision": "fp16"})
+    with pytest.raises(IllegalRequest) as caught:
+        check(asked, CPU)
+    assert [violation.rule for violation in caught.value.violations] == ["sequence-fits", "fp16-usable", "warmup-fits"]
+    assert len(str(caught.value).splitlines()) == 3
+    for violation in caught.value.violations:  # each suggestion cures its own sentence and leaves the others
+        for change in violation.suggestions:
+            assert len(violations(asked.replace(change), CPU)) == 2
+
+
+def test_suggestion_takes_other_fields_along_where_one_is_not_enough() -> None:
+    """Stage 3 for the offload, and then no pipeline."""
+    asked = BASE.replace({"deepspeed": OFFLOAD, PP: 2})
+    (violation,) = violations(asked, ranks(2))
+    assert violation.suggestions == ({ZERO: 3, PP: 1},)
+    assert f"nearest legal: {ZERO}=3 with {PP}=1" in str(violation)
+
+
+@pytest.mark.parametrize("theirs", DEEPSPEED_OWNED)
+def test_every_key_of_deepspeed_that_we_own_names_our_field(theirs: str) -> None:
+    options: Any = 1
+    for part in reversed(theirs.split(".")):
+        options = {part: options}
+    with pytest.raises(IllegalRequest, match=f"{theirs} is decided by our {DEEPSPEED_OWNED[theirs]}; remove it"):
+        check(BASE.replace({"deepspeed": options}), CPU)
+
+
+def test_fields_named_as_owners_exist() -> None:
+    for ours in DEEPSPEED_OWNED.values():
+        for key in ours.split(" and "):
+            value: Any = BASE
+            for part in key.split("."):
+                value = getattr(value, part)
+
+
+# What is legal, though it looks as if it were not
+
+
+@pytest.mark.parametrize("tensor", range(1, 6))
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_uneven_heads_and_post_norm_are_legal_everywhere(tensor: int, norm: str) -> None:
+    plan = check(BASE.replace({TP: tensor, PP: 2, "model.norm": norm}), ranks(2 * tensor))
+    assert any("5 heads" in warning for warning in plan.warnings) == (5 % tensor != 0)
+
+
+def test_constant_schedule_has_no_end_that_a_warm_up_could_miss() -> None:
+    check(BASE.replace({"schedule.name": "constant", "schedule.warmup_steps": 1000}), CPU)
+
+
+# The plan
+
+
+@pytest.mark.parametrize(
+    ("precision", "facts", "resolved", "warned"),
+    [
+        ("auto", CPU, "fp32", False),
+        ("auto", replace(CPU, bf16=True), "bf16", False),
+        ("bf16", CPU, "bf16", True),
+        ("auto", GPU, "bf16", False),
+        ("auto", replace(GPU, bf16=False), "fp32", False),
+        ("fp16", GPU, "fp16", False),
+        ("fp32", GPU, "fp32", False),
+    ],
+)
+def test_precision_is_resolved(precision: str, facts: Facts, resolved: str, warned: bool) -> None:
+    plan = check(BASE.replace({"training.precision": precision}), facts)
+    assert (plan.precision, bool(plan.warnings)) == (resolved, warned)
+
+
+def test_fewer_micro_batches_than_stages_is_legal_and_warned_of() -> None:
+    """2 micro-batches over 4 stages: each stage works 2 of 2 + 4 - 1 slots, and is idle in 3 of 5."""
+    plan = check(BASE.replace({PP: 4, MICRO: 8}), ranks(4))
+    (warning,) = plan.warnings
+    assert "2 micro-batches per step over 4 pipeline stages leave each stage idle 60% of the time" in warning
+    assert check(BASE.replace({PP: 4, MICRO: 4}), ranks(4)).warnings == ()
+
+
+def requests() -> st.SearchStrategy[tuple[Config, Facts]]:
+    """Requests around the border between legal and illegal."""
+    changes = st.fixed_dictionaries(
+        {
+            TP: st.integers(1, 6),
+            PP: st.integers(1, 5),
+            SP: st.booleans(),
+            ZERO: st.integers(0, 3),
+            BATCH: st.integers(1, 64),
+            MICRO: st.integers(1, 8),
+            LENGTH: st.none() | st.integers(1, 70),
+            "batch.ramp_up": st.none()
+            | st.builds(
+                lambda a, b: {"start": a, "increment": b, "samples": 99}, st.integers(1, 70), st.integers(1, 20)
+            ),
+            "training.precision": st.sampled_from(["auto", "bf16", "fp16", "fp32"]),
+            "schedule.name": st.sampled_from(["cosine", "wsd"]),
+            "schedule.warmup_steps": st.integers(0, 110),
+            "schedule.wsd_decay_fraction": st.floats(0.01, 1),
+        }
+    )
+    facts = st.builds(
+        Facts, st.integers(1, 16), st.sampled_from(["cpu", "cuda"]), st.booleans(), st.booleans(), st.just(True)
+    )
+    return st.tuples(changes.map(BASE.replace), facts)
+
+
+@settings(deadline=None)
+@given(requests())
+def test_a_plan_multiplies_back_or_every_suggestion_helps(request: tuple[Config, Facts]) -> None:
+    config, facts = request
+    try:
+        plan = check(config, facts)
+    except IllegalRequest as error:
+        names = {violation.rule for violation in error.violations}
+        for violation in error.violations:
+            for change in violation.suggestions:
+                after = {one.rule for one in violations(config.replace(change), facts)}
+                assert after <= names - {violation.rule}
+        return
+    assert plan.tensor * plan.pipeline * plan.data == plan.world_size == facts.world_size
+    assert plan.micro_batch * plan.data * plan.accumulation == plan.global_batch == config.batch.global_batch
+    assert plan.tokens_per_step == plan.global_batch * plan.sequence_length
+    assert plan.precision in ("bf16", "fp16", "fp32")
+
+
+# All layouts
+
+
+def test_legal_layouts_are_all_of_them_and_each_once() -> None:
+    """Against a plain enumeration that asks every rule about every combination, divisors or not."""
+    worlds = (1, 2, 4, 6, 8)
+    found = [(plan.world_size, *plan.changes().values()) for plan in legal_layouts(BASE, worlds, CPU)]
+    expected = set()
+    for values in product(range(1, 9), range(1, 9), (False, True), range(4), ("none", "selective", "full")):
+        asked = BASE.replace(dict(zip((TP, PP, SP, ZERO, RECOMPUTE), values, strict=True)))
+        for world in worlds:
+            if all(rule.check(asked, ranks(world)) is None for rule in RULES):
+                expected.add((world, *values))
+    assert len(found) == len(set(found)) and set(found) == expected
+
+
+def test_a_layout_is_the_request_behind_it() -> None:
+    for plan in legal_layouts(BASE, (1, 4, 6), GPU):
+        assert check(BASE.replace(plan.changes()), ranks(plan.world_size, GPU)) == plan
+
+
+def test_layout_names() -> None:
+    asked = BASE.replace({TP: 2, SP: True, ZERO: 2, RECOMPUTE: "full"})
+    assert check(asked, ranks(4)).name == "tp2-pp1-dp2-sp-zero2-full"
+
+
+# Batch arithmetic
+
+small = st.integers(1, 1000)
+
+
+@settings(deadline=None)
+@given(micro=small, data=small, steps=small)
+def test_accumulation_is_the_inverse_of_the_product(micro: int, data: int, steps: int) -> None:
+    assert accumulation_steps(micro * data * steps, micro, data) == steps
+
+
+@settings(deadline=None)
+@given(batch=small, micro=small, data=small)
+def test_accumulation_refuses_what_does_not_divide(batch: int, micro: int, data: int) -> None:
+    assume(batch % (micro * data))
+    with pytest.raises(ValueError, match=f"{batch} is not a multiple of .* = {micro * data}"):
+        accumulation_steps(batch, micro, data)
+
+
+@st.composite
+def ramps(draw: st.DrawFn) -> tuple[RampUp, int]:
+    start, increment = draw(st.integers(1, 50)), draw(st.integers(1, 50))
+    return RampUp(start=start, increment=increment, samples=draw(small)), start + draw(st.integers(0, 500))
+
+
+@settings(deadline=None)
+@given(ramps(), st.lists(st.integers(0, 2000), min_size=2, max_size=20))
+def test_ramp_rises_from_start_to_global_batch_in_increments(case: tuple[RampUp, int], seen: list[int]) -> None:
+    ramp, batch = case
+    sizes = [ramped_batch(ramp, batch, samples) for samples in sorted(seen)]
+    assert all(before <= after for before, after in pairwise(sizes))
+    assert all(size == batch or (size < batch and (size - ramp.start) % ramp.increment == 0) for size in sizes)
+    assert all(ramped_batch(ramp, batch, samples) == batch for samples in (ramp.samples, ramp.samples + 1))
+    assert ramped_batch(None, batch, seen[0]) == batch
+
+
+def test_ramp_starts_at_start_and_rises_evenly() -> None:
+    """8 to 32 by 8 over 300 samples: three rises, at 100, 200 and 300 samples."""
+    ramp = RampUp(start=8, increment=8, samples=300)
+    sizes = {seen: ramped_batch(ramp, 32, seen) for seen in (0, 99, 100, 199, 200, 299, 300)}
+    assert sizes == {0: 8, 99: 8, 100: 16, 199: 16, 200: 24, 299: 24, 300: 32}
+
+
+@settings(deadline=None)
+@given(ramps(), st.integers(1, 8), st.integers(1, 4))
+def test_a_legal_ramp_is_whole_micro_batches_all_the_way(case: tuple[RampUp, int], micro: int, data: int) -> None:
+    ramp, rise = case
+    unit = micro * data
+    whole = {"start": ramp.start * unit, "increment": ramp.increment * unit, "samples": ramp.samples}
+    config = BASE.replace({BATCH: rise * unit, MICRO: micro, "batch.ramp_up": whole})
+    check(config, ranks(data))
+    for seen in range(0, ramp.samples + 1, 7):
+        accumulation_steps(ramped_batch(config.batch.ramp_up, rise * unit, seen), micro, data)
+
+
+# The machine
+
+
+def test_detected_facts_make_a_legal_default_request() -> None:
+    """Whatever machine this is, `auto` works on it."""
+    facts = Facts.detect(1, "auto")
+    plan = check(BASE, replace(facts, deepspeed=True))
+    assert plan.precision == ("bf16" if facts.bf16 else "fp32") and plan.device == facts.device
+    assert Facts.detect(2, "cpu").device == "cpu"
