@@ -75,7 +75,8 @@ def load(folder: Path, device: torch.device) -> tuple[GPT2, Tokenizer]:
     dtype = torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
     model = model.to(dtype)
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(weights.local_value(specs[name]))
+        parameter.spec = specs[name]  # to_empty made new parameters
+        parameter.data.copy_(weights.local_value(parameter.spec))
     try:
         tokenizer = Tokenizer.load(folder)
     except (ValueError, OSError) as error:

@@ -192,13 +192,15 @@ def agree_on_checkpoint(config: Config, device: torch.device) -> tuple[Loaded | 
 
 def load_state(engine: Engine, loaded: Loaded | None) -> Progress:
     """Fill weights, masters and moments: from the checkpoint, or from the seed. One path for both (DESIGN D5)."""
-    seed = engine.config.training.seed
+    seed, moments = engine.config.training.seed, engine.config.optimizer.name == "adamw"
     if loaded is None:
         set_values(engine.deepspeed, engine.topology, lambda spec: initial_value(spec, seed))
+        if moments:  # left to itself, ZeRO 1 and 2 link names to moments when only the first group has them
+            create_moments(engine.deepspeed, 0)
         return Progress()
     set_values(engine.deepspeed, engine.topology, loaded.master)
     state = loaded.state
-    if engine.config.optimizer.name == "adamw":
+    if moments:
         create_moments(engine.deepspeed, state.updates)
         for fragment in fragments(engine.deepspeed, engine.topology):
             for kind in MOMENTS:
@@ -212,9 +214,11 @@ def snapshot(engine: Engine, progress: Progress, material: Material) -> Snapshot
     """What this rank saves."""
     precision = engine.plan.precision
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    kinds = MOMENTS if precision == "fp32" else ("master", *MOMENTS)  # fp32 weights are the masters
+    kinds = () if precision == "fp32" else ("master",)  # fp32 weights are the masters
+    if engine.config.optimizer.name == "adamw":
+        kinds += MOMENTS
     slices = (
-        (f.spec, f.start, {kind: f.tensors[kind] for kind in kinds if kind in f.tensors})
+        (f.spec, f.start, {kind: f.tensors[kind] for kind in kinds})
         for f in fragments(engine.deepspeed, engine.topology)
     )
     state = TrainingState(

@@ -98,7 +98,7 @@ def _write_model_part(folder: Path, snapshot: Snapshot, topology: Topology) -> l
     """This stage's file. The tied embedding is on two stages: only the first writes it."""
     tensors = {}
     for name, whole in assemble(snapshot.weights, topology):
-        if name == "wte.weight" and not topology.first_stage:
+        if name == "wte.weight" and not topology.first_stage:  # the tied embedding's second copy
             continue
         foreign = huggingface.foreign_name(name, snapshot.model)
         tensors[foreign] = huggingface.transpose_if_projection(name, whole).contiguous()

@@ -167,8 +167,8 @@ class ParallelConfig(Section):
     sequence_parallel: Bool = False
     """Split activations between the tensor-parallel parts along the sequence; needs `tensor_parallel` > 1."""
     zero_stage: Annotated[NonNegative, Field(le=3)] = 1
-    """ZeRO: 1 shards optimizer states over data-parallel ranks, 2 gradients too, 3 parameters too. 0 shards
-    nothing."""
+    """ZeRO: 1 shards optimizer states over data-parallel ranks, 2 gradients too, 3 parameters too. 0 is run
+    as 1, whose results are the same: DeepSpeed's own stage 0 is not exact in bf16 or under a pipeline."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: `selective` the attention core, `full` whole blocks."""
 

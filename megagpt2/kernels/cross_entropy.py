@@ -1,7 +1,9 @@
 """The tied head and its cross-entropy in one operator, in chunks: the logits never exist as a whole.
 
 Contract: hidden [tokens, width], weight [rows, width] (this rank's rows of the vocabulary, as many on every rank,
-since they decide the chunks), targets int64 [tokens] in the whole vocabulary. Returns mean over tokens of  logsumexp_v(h . w_v) - h . w_target.
+since they decide the chunks), targets int64 [tokens] in the whole vocabulary. Returns the mean over tokens of
+
+    logsumexp_v(h . w_v) - h . w_target
 
 The gradients are made in the forward pass, chunk by chunk, while the logits are there (the forward's GEMM
 is not repeated):

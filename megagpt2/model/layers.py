@@ -157,7 +157,7 @@ class DenseBuilder:
 
     def tied_embedding(self, name, vocabulary, padded, width, std):
         spec = Spec(
-            f"{name}.weight", (vocabulary, width), standard_deviation=std, decay=True,
+            f"{name}.weight", (vocabulary, width), standard_deviation=std, decay=True, tied=True,
             dim=0, ranges=((0, vocabulary),), padding=padded - vocabulary,
         )
         return TiedEmbedding(spec, 0, vocabulary)

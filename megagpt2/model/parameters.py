@@ -6,6 +6,7 @@ groups and the gradient norm read it; nothing guesses from module paths.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ class Spec:
     standard_deviation: float | None = None  # of the initial normal distribution; None: constant
     constant: float = 0.0
     decay: bool = False  # weight decay applies
+    tied: bool = False  # used by the first and by the last layer, which may be on different pipeline stages
     dim: int | None = None
     ranges: tuple[tuple[int, int], ...] = field(default=())
     padding: int = 0
@@ -67,6 +69,11 @@ def declare(spec: Spec, **factory) -> nn.Parameter:
     parameter.spec = spec
     parameter.model_parallel = spec.sharded  # DeepSpeed's gradient norm counts other parameters once per group
     return parameter
+
+
+def specified(module: nn.Module) -> Iterator[nn.Parameter]:
+    """A module's parameters that carry a spec: all that are part of the model."""
+    return (parameter for parameter in module.parameters() if getattr(parameter, "spec", None) is not None)
 
 
 def partition(units: int, parts: int, rank: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@
     tensor           [b, s, w] on all   ->    [b, s, share of units]  ->  [b, s, w] on all
     + sequence       [b, s/n, w]        ->    [b, s, share of units]  ->  [b, s/n, w]
 
-Units (heads, feed-forward channels, words) need not divide by the number of ranks: see `partition`.
+Units (heads, feed-forward channels) need not divide by the number of ranks, see `partition`; words are padded.
 Parameters used on a piece of the sequence (norms, positions, row biases) pass through copy_to_shards, whose
 gradient is the sum over the pieces: they stay equal on all ranks, under every ZeRO stage, with no hook.
 """
@@ -108,14 +108,10 @@ class VocabularyParallelEmbedding(TiedEmbedding):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """All words' logits, on every rank: for sampling, never for the loss."""
-        local = super().logits(self.whole_hidden(hidden))
-        counts = [torch.zeros(1, dtype=torch.int64, device=local.device) for _ in range(self.group.size())]
-        dist.all_gather(counts, torch.tensor([self.rows], device=local.device), group=self.group)
-        widest = int(max(c.item() for c in counts))
-        padded = F.pad(local, (0, widest - self.rows)).contiguous()
-        pieces = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(pieces, padded, group=self.group)
-        return torch.cat([piece[..., : int(c.item())] for piece, c in zip(pieces, counts, strict=True)], dim=-1)
+        local = F.linear(self.whole_hidden(hidden), self.weight).contiguous()  # [..., rows], padding included
+        pieces = [torch.empty_like(local) for _ in range(self.group.size())]
+        dist.all_gather(pieces, local, group=self.group)
+        return torch.cat(pieces, dim=-1)[..., : self.weight.spec.shape[0]]
 
 
 class ShardedDropout(Dropout):
@@ -170,11 +166,11 @@ class TensorBuilder(DenseBuilder):
         return super().position_embedding(name, context, width, std)
 
     def tied_embedding(self, name, vocabulary, padded, width, std):
-        start, stop = self.share(padded)
-        first, last = min(start, vocabulary), min(stop, vocabulary)
-        rows = -(-padded // self.topology.tensor)  # as many on every rank: the loss is cut into chunks by them
+        # As many rows on every rank, the last ones padded further: the loss cuts its chunks by them, in step.
+        rows = -(-padded // self.topology.tensor)
+        first, last = (min(shard * rows, vocabulary) for shard in (self.topology.shard, self.topology.shard + 1))
         spec = Spec(
-            f"{name}.weight", (vocabulary, width), standard_deviation=std, decay=True, dim=0,
+            f"{name}.weight", (vocabulary, width), standard_deviation=std, decay=True, tied=True, dim=0,
             ranges=((first, last),), padding=rows - (last - first),
         )
         return VocabularyParallelEmbedding(spec, first, last - first, self.topology, self.sequence_parallel)

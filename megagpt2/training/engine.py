@@ -7,8 +7,8 @@ Every option here that is not self-evident avoids a wrong number that comes with
 - Gradients accumulate in fp32.
 - pipe_partitioned and grad_partitioned default to true and corrupt sequence-parallel activations.
 - Recomputation is the block's own; DeepSpeed's reentrant default fails at the embedding.
-- BF16_Optimizer takes each gradient when it is made (immediate_grad_update). By default it clears all bf16 gradients when
-  backward reaches the output of the last pipeline stage; the head's, made before that in loss_fn, would be lost.
+- BF16_Optimizer takes each gradient when it is made (immediate_grad_update). By default it clears all bf16 gradients
+  when backward reaches the output of the last pipeline stage; the head's, made before in loss_fn, would be lost.
 - torch's AdamW is handed in: DeepSpeed's own compiles at start, and its CPU form is not bitwise on resume.
 """
 
@@ -149,7 +149,7 @@ def build_engine(config: Config, plan: Plan, topology: Topology, device: torch.d
     pipeline = topology.pipeline > 1
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=build_optimizer(module, config.optimizer),
+        optimizer=build_optimizer(module, config.optimizer, topology),
         config=options,
         mpu=None if pipeline else ModelParallelUnit(topology),
         dist_init_required=False,

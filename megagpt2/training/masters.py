@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megagpt2.model.parameters import Spec
+from megagpt2.model.parameters import Spec, specified
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import Topology
 
@@ -65,7 +65,7 @@ def _flat_fragment(parameter: nn.Parameter) -> Fragment | None:
 
 def fragments(engine, topology: Topology) -> Iterator[Fragment]:
     """This rank's pieces, in the module's order."""
-    for parameter in engine.module.parameters():
+    for parameter in specified(engine.module):
         fragment = (
             _stage_3_fragment(engine, parameter, topology.replica)
             if _is_stage_3(parameter)
@@ -104,7 +104,7 @@ def create_moments(engine, step: int) -> None:
 @torch.no_grad()
 def set_values(engine, topology: Topology, values: Values) -> None:
     """Set every parameter and its master. Masters keep fp32 where the parameter is rounded to bf16 or fp16."""
-    for parameter in engine.module.parameters():
+    for parameter in specified(engine.module):
         value = values(parameter.spec)
         if _is_stage_3(parameter):
             source = topology.data_ranks(topology.stage, topology.shard)[0]
@@ -121,6 +121,6 @@ def set_values(engine, topology: Topology, values: Values) -> None:
 @torch.no_grad()
 def local_weights(engine) -> Iterator[tuple[Spec, Tensor]]:
     """This rank's part of every weight as it is computed with; ZeRO-3 gathers each one, on all ranks together."""
-    for parameter in engine.module.parameters():
+    for parameter in specified(engine.module):
         with deepspeed.zero.GatheredParameters([parameter], enabled=_is_stage_3(parameter)):
             yield parameter.spec, parameter.detach()

@@ -118,6 +118,14 @@ def test_tied_copies_stay_equal_over_three_replicas_of_two_stages(wide_pool, one
     compare(*adam_and_sgd(wide_pool, 6, {PP: 2, **batch}), reference)
 
 
+def test_words_that_do_not_divide(pool, one_process):
+    """384 padded rows over 3 ranks are 128 each, of which the last has 51 words; over 5 ranks the last has none."""
+    reference = adam_and_sgd(pool, 1, {"batch.global_batch": 12})
+    compare(*adam_and_sgd(pool, 3, {TP: 3, "batch.global_batch": 12}), reference)
+    few = {"model.vocabulary": 90, "model.heads": 4}  # 128 rows, 32 each: ranks 2 and 3 hold 26 and no words
+    compare(*adam_and_sgd(pool, 4, {TP: 4, **few}), adam_and_sgd(pool, 1, few))
+
+
 def test_clipping_uses_the_true_global_norm(pool):
     """With a clip far below the norm, SGD's step has exactly that length (times RATE) on every layout."""
     for ranks, layout in [(1, {}), (4, {TP: 2, PP: 2}), (4, {TP: 2, ZERO: 2})]:
@@ -137,7 +145,10 @@ def one_process_bf16(pool):
 
 @pytest.mark.parametrize(
     "ranks, layout",
-    [(2, {PP: 2}), (4, {TP: 2, PP: 2}), (4, {TP: 2, SP: True, ZERO: 3}), (4, {PP: 2, RECOMPUTE: "full"}), (2, {ZERO: 2})],
+    [
+        (2, {PP: 2}), (4, {TP: 2, PP: 2}), (4, {TP: 2, SP: True, ZERO: 3}), (4, {PP: 2, RECOMPUTE: "full"}),
+        (2, {ZERO: 2}),
+    ],
     ids=["pp2", "tp2-pp2", "tp2-dp2-zero3-sp", "pp2-dp2-full", "dp2-zero2"],
 )
 def test_bf16_is_as_near_to_fp32_as_one_process_is(pool, one_process, one_process_bf16, ranks, layout):

@@ -88,7 +88,7 @@ def test_padding_rows_are_nowhere(dtype):
 
 @pytest.mark.parametrize("tokens_at_a_time", [1, 2, 5, 36])
 def test_chunks_change_nothing(monkeypatch, tokens_at_a_time):
-    """Only the order of additions: of 37 losses, and of 37 products in each weight gradient. 5e-7 = 8 fp32 roundings."""
+    """Only the order of additions: of 37 losses, and of 37 products in each weight gradient. 5e-7: 8 fp32 roundings."""
     hidden, weight, targets = inputs(padding=27)
     whole, losses = differentiate(fused(targets), hidden, weight), token_losses(hidden, weight, targets, 0, WORDS)
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", tokens_at_a_time * len(weight))

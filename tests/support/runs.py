@@ -31,7 +31,7 @@ PROGRAMS = Path(sys.executable).parent
 PRETRAIN = ROOT / "launch/pretrain.py"
 LIMIT = 150.0  # seconds for anything here; on two idle cores a run takes 5 to 15
 VOCABULARY = 300
-_WORDS = "the cat dog sat ran on under mat hill house and then it was seen by old man who said that all is well".split()
+_SENTENCE = "the cat dog sat ran on under mat hill house and then it was seen by old man who said that all is well"
 # What a launcher around pytest may have left: none of it may reach the processes that the tests start.
 _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "PMI_", "MPI_", "OMPI_", "TORCHELASTIC_", "CROSS_")
 
@@ -58,8 +58,8 @@ def write_corpus(prefix: Path, documents: Sequence[Sequence[int]], vocabulary: i
 
 def write_text(folder: Path) -> Text:
     """Sentences of few words: 28,000 tokens to train on, 4,000 to validate on."""
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(_WORDS, k=draw.randint(30, 90))) + ".\n" for _ in range(300)]
+    draw, words = random.Random(0), _SENTENCE.split()
+    texts = [" ".join(draw.choices(words, k=draw.randint(30, 90))) + ".\n" for _ in range(300)]
     tokenizer = Tokenizer.train(texts, VOCABULARY)
     tokenizer.save(folder / "tokenizer")
     documents = [[*tokenizer.encode(text), tokenizer.end_of_text] for text in texts]
@@ -104,8 +104,8 @@ class Process:
     """One started process in a session of its own, killed with all its children if it outlives its limit."""
 
     def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str], **options) -> None:
-        # Files, not pipes: nobody has to read while the process runs.
-        self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        # Files, not pipes: nobody has to read while the process runs. _ended closes them.
+        self._output, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         self._popen = subprocess.Popen(
             [str(part) for part in command], env=clean_environment() | dict(environment), stdout=self._output,
             stderr=self._errors, start_new_session=True, **{"stdin": subprocess.DEVNULL, **options},

@@ -99,3 +99,15 @@ def whole(parts: list[dict], which: str) -> dict[str, np.ndarray]:
 def error(a: np.ndarray, b: np.ndarray) -> float:
     """I1's measure: largest difference over largest value."""
     return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+
+
+def logits(changes: dict, length: int) -> np.ndarray:
+    """What sampling sees: the next token's logits after `length` tokens, from an engine on any layout."""
+    from megagpt2.training.inference import next_logits
+
+    config = small_config(**changes)
+    engine, _, _ = start(config)
+    tokens = torch.from_numpy(corpus(config.model.vocabulary)[: 2 * length].astype(np.int64)).view(2, length)
+    answer = next_logits(engine, tokens).numpy()
+    engine.close()
+    return answer

@@ -59,7 +59,7 @@ def test_each_epoch_sees_every_window_once_inside_the_corpus(tokens, length, see
     assert {window.epoch for window in windows} == {epoch}
     starts = sorted(window.start for window in windows)
     assert all(b - a == length for a, b in zip(starts, starts[1:], strict=False))  # side by side, none twice
-    assert 0 <= starts[0] == order.offset(epoch)
+    assert 0 <= starts[0] == order.offset(epoch) < length
     assert starts[-1] + length + 1 <= tokens  # the last one's last target exists
     # What an epoch leaves out is less than the shift takes at the front and a window's rest at the end.
     assert tokens - 1 - len(starts) * length < 2 * length

@@ -67,7 +67,7 @@ def test_samples_keys_and_places_have_bits_of_their_own():
 
 
 def test_keep_rate_and_independence_are_binomial():
-    """Each count below is binomial: within 5 standard deviations, of which 1 in 2 million independent ones falls out."""
+    """Each count below is binomial: within 5 standard deviations, which 1 in 2 million independent ones leaves."""
     n, probability = 1 << 20, 0.1
     keep = keep_mask(KEY, probability, torch.tensor([0, 1]), 0, n)
 

@@ -38,7 +38,8 @@ def test_no_jump_anywhere(name):
 @pytest.mark.parametrize("minimum", [0.0, 0.1, 1.0])
 def test_the_end_is_the_minimum_and_stays(name, minimum):
     # One rounding of peak * minimum; cosine's (1 + cos(pi)) / 2 is exactly 0.
-    assert rates(name, [DECAY, DECAY + 1, 10 * DECAY], minimum=minimum) == pytest.approx([PEAK * minimum] * 3, rel=1e-12)
+    ends = rates(name, [DECAY, DECAY + 1, 10 * DECAY], minimum=minimum)
+    assert ends == pytest.approx([PEAK * minimum] * 3, rel=1e-12)
 
 
 def test_constant_stays_for_ever():

@@ -20,6 +20,10 @@ from megagpt2.model.parameters import Spec
 
 _TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _GPT1_NAMES = {"wte.weight": "tokens_embed.weight", "wpe.weight": "positions_embed.weight"}
+_ONLY = {  # transformers' variants of GPT-2 with other arithmetic; these are the values that mean GPT-2 itself
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
 _CONFIG_KEYS = ("n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
 INDEX = "model.safetensors.index.json"
 
@@ -74,6 +78,9 @@ def read_model_config(folder: Path) -> ModelConfig:
     activation = data.get("activation_function", data.get("afn", "gelu_new"))
     if activation not in ("gelu_new", "gelu_pytorch_tanh") and not (kind == "openai-gpt" and activation == "gelu"):
         raise CheckpointError(f"{path}: activation {activation!r}; only GPT-2's tanh GELU (gelu_new) is implemented")
+    for key, value in _ONLY.items():
+        if data.get(key, value) is not value:
+            raise CheckpointError(f"{path}: {key} {data[key]!r}; only {value!r} is implemented")
     return ModelConfig(
         name=kind, layers=data["n_layer"], width=data["n_embd"], heads=data["n_head"], vocabulary=data["vocab_size"],
         context=data["n_positions"], feed_forward=data.get("n_inner"), norm="pre" if kind == "gpt2" else "post",
@@ -90,8 +97,11 @@ class Weights:
         self.folder, self.model = folder, model
         index = folder / INDEX
         if index.exists():
-            self.files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            outside = [f for f in self.files.values() if Path(f).name != f]
+            try:
+                self.files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                outside = [file for file in self.files.values() if Path(file).name != file]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise CheckpointError(f"{index} is not an index of safetensors files") from None
             if outside:
                 raise CheckpointError(f"{index} names the file {outside[0]!r}, which lies outside the folder")
         else:
