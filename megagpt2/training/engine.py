@@ -15,7 +15,6 @@ Every option here that is not self-evident avoids a wrong number that comes with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +89,6 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         return self.deepspeed.module
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.module.parameters()
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
