@@ -14,15 +14,7 @@ settings.load_profile("megagpt2")
 
 @pytest.fixture(scope="session")
 def pool():
-    """Four gloo worker processes, started at the first use."""
-    workers = Pool(4)
-    yield workers
-    workers.stop()
-
-
-@pytest.fixture(scope="session")
-def wide_pool():
-    """Six of them, for three replicas of two stages."""
+    """Gloo worker processes, up to six (three replicas of two stages), started when a test first needs them."""
     workers = Pool(6)
     yield workers
     workers.stop()

@@ -21,9 +21,16 @@ _SHAPE_FIELDS = ("layers", "width", "heads", "vocabulary", "context", "inner", "
 def choose(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that `checkpoint.resume` means, verified, and notes on those passed over.
 
-    auto: the newest that verifies, if any; must: the same, and none is an error; never: none; else a path.
+    auto: the newest that verifies, if any; must: the same, and none is an error; never: none, and none may
+    be there; else a path.
     """
     if resume == "never":
+        if present := store.all_steps(checkpoints):
+            # Its later steps would outlive the new run's first ones, and the next resume would take them.
+            raise store.CheckpointError(
+                f"checkpoint.resume is 'never', but {checkpoints} holds {present[-1].name} of an earlier run: use"
+                " another run.directory, or move that folder away"
+            )
         return None, []
     if resume not in ("auto", "must"):
         folder = Path(resume)
@@ -37,7 +44,7 @@ def choose(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
         why = "; ".join(skipped) or f"{checkpoints} holds none"
         raise store.CheckpointError(
             f"checkpoint.resume is {resume!r}, but no checkpoint can be used: {why}."
-            " Set checkpoint.resume to 'never' or to another folder"
+            " To start anew use another run.directory; to start from elsewhere set checkpoint.resume to a folder"
         )
     return folder, skipped
 

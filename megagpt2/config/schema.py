@@ -254,8 +254,8 @@ class CheckpointConfig(Section):
     """Keep the newest so many checkpoints; null keeps all."""
     resume: Annotated[Text, Field(min_length=1)] = "auto"
     """`auto`: from the newest verified checkpoint of the run, if there is one; `must`: the same, and it is an
-    error if there is none; `never`: start anew; anything else is the path (with a `/`) of a checkpoint to
-    start from."""
+    error if there is none; `never`: start anew, where no checkpoint is yet; anything else is the path (with a `/`) of a
+    checkpoint to start from."""
 
     @field_validator("resume")
     @classmethod

@@ -22,7 +22,6 @@ from megagpt2.data.order import Order
 from megagpt2.model.gpt2 import GPT2
 from megagpt2.model.initialize import initial_value
 from megagpt2.model.layers import DenseBuilder
-from megagpt2.training.optimizer import build_optimizer
 from megagpt2.training.schedule import learning_rate
 from tests.support.runs import (
     assert_same_checkpoint,
@@ -213,7 +212,12 @@ def plain_torch(config: Config) -> list[float]:
     model = GPT2(config.model, DenseBuilder(config.training.seed))
     for parameter in model.parameters():
         parameter.data.copy_(initial_value(parameter.spec, config.training.seed))
-    optimizer = build_optimizer(model, config.optimizer)
+    groups = [
+        {"params": [p for p in model.parameters() if p.spec.decay is decay], "weight_decay": rate}
+        for decay, rate in ((True, config.optimizer.weight_decay), (False, 0.0))
+    ]
+    betas = (config.optimizer.beta1, config.optimizer.beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.optimizer.epsilon)
     tokens = IndexedCorpus(config.data.train).tokens
     batches = Batches(tokens, Order(len(tokens), 32, config.training.seed), 1, 0, 1)
     found, seen = [], 0

@@ -79,21 +79,23 @@ def _serve(rank: int, pipe) -> None:
 
 
 class Pool:
-    """Worker processes that run jobs together."""
+    """Worker processes that run jobs together; as many are started as a job has needed so far."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.workers: list = []
 
-    def start(self) -> None:
+    def start(self, ranks: int) -> None:
+        """Have at least that many workers."""
         context = multiprocessing.get_context("spawn")
-        for rank in range(self.size):
+        present = len(self.workers)
+        for rank in range(present, ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             theirs.close()
             self.workers.append((process, ours))
-        for _, pipe in self.workers:
+        for _, pipe in self.workers[present:]:
             if not pipe.poll(_START):
                 self.stop()
                 raise RuntimeError(f"the workers did not start within {_START:.0f} s")
@@ -114,8 +116,7 @@ class Pool:
         """`module:function` on that many ranks, all with the same arguments; the results by rank."""
         if ranks > self.size:
             raise ValueError(f"{ranks} ranks asked of a pool of {self.size}")
-        if not self.workers:
-            self.start()
+        self.start(ranks)
         port = _free_port()
         pipes = [pipe for _, pipe in self.workers[:ranks]]
         for pipe in pipes:

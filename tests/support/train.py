@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -99,6 +101,25 @@ def whole(parts: list[dict], which: str) -> dict[str, np.ndarray]:
 def error(a: np.ndarray, b: np.ndarray) -> float:
     """I1's measure: largest difference over largest value."""
     return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30))
+
+
+def save_and_go_on(changes: dict, folder: str, steps: int, load: str | None = None) -> dict:
+    """Start (from a checkpoint if named), train `steps` steps, save to `folder`: losses and the checkpoint's path."""
+    from launch.pretrain import Material, load_state, snapshot
+    from megagpt2.checkpoint.load import open_checkpoint
+    from megagpt2.checkpoint.save import save_checkpoint
+
+    config = small_config(**changes)
+    engine, step, batches = start(config)
+    progress = load_state(engine, open_checkpoint(Path(load), config.model) if load else None)
+    losses, size = [], config.batch.global_batch
+    for _ in range(steps):
+        result = step(batches.global_batch(progress.samples_seen, size), engine.plan.accumulation, 1e-3)
+        progress = progress.after(result, size)
+        losses.append(result.loss)
+    saved = save_checkpoint(Path(folder), snapshot(engine, progress, Material(None, None, None)), engine.topology)
+    engine.close()
+    return {"losses": losses, "saved": str(saved)}
 
 
 def logits(changes: dict, length: int) -> np.ndarray:

@@ -207,7 +207,7 @@ def test_choose_auto(tmp_path):
     folder, notes = choose("auto", tmp_path)
     assert folder == folders[0] and "step_00000002" in notes[0] and "state.json" in notes[0]
     flip(folders[0] / "state.json")
-    with pytest.raises(CheckpointError, match="no checkpoint can be used.*step_00000002.*step_00000001.*'never'"):
+    with pytest.raises(CheckpointError, match="no checkpoint can be used.*step_00000002.*step_00000001.*another run"):
         choose("auto", tmp_path)  # to begin anew beside damaged checkpoints would throw a run away
 
 
@@ -219,8 +219,10 @@ def test_choose_must(tmp_path):
 
 
 def test_choose_never(tmp_path):
-    write(tmp_path, 1)
     assert choose("never", tmp_path) == (None, [])
+    write(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="'never'.*step_00000001 of an earlier run: use another run.directory"):
+        choose("never", tmp_path)  # the next resume would take the earlier run's later steps
 
 
 def test_choose_a_path(tmp_path):
