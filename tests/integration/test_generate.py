@@ -12,7 +12,6 @@ from launch import generate
 from tests.support.runs import ROOT, Process, checkpoint, end_all
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 from megagpt2.parallel.launch import detect, free_port
 from tests.support.runs import PROGRAMS, Process, end_all, log_rows, losses, pretrain_command, tiny_config
 
-pytestmark = pytest.mark.slow
 LAUNCHERS = {"deepspeed": "deepspeed", "torchrun": "torchrun", "mpiexec": "mpi", "srun": "slurm"}  # command -> our name
 
 

@@ -17,7 +17,6 @@ from megagpt2.training.monitor import TensorBoard
 from tests.support.runs import checkpoint, log_rows, scalars, steps, window_losses
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from megagpt2.data.indexed import IndexedCorpus
 from megagpt2.data.tokenizer import Tokenizer
 from tests.support.runs import ROOT, Ended, Process, end_all, log_rows, scalars, steps
 
-pytestmark = pytest.mark.slow
 SMALL = {
     "model.layers": 2, "model.width": 32, "model.heads": 2, "model.vocabulary": 512, "model.context": 32,
     "batch.global_batch": 8, "batch.micro_batch": 4, "parallel.tensor_parallel": 1,

@@ -149,7 +149,6 @@ def test_generate_needs_a_model(tmp_path, capsys):
     assert "has no usable checkpoint" in generation_refused(capsys, "--checkpoint", str(tmp_path))
 
 
-@pytest.mark.slow  # it needs a finished run
 def test_generate_needs_a_tokenizer_and_an_undamaged_model(finished, tmp_path, capsys):
     source = checkpoint(finished[0].run.directory, 20)
     for path in (source / "model").iterdir():

@@ -363,7 +363,6 @@ def test_real_torchrun(tmp_path: Path) -> None:
     check_two_processes(launch(tmp_path, "torchrun", *arguments), "torchrun")
 
 
-@pytest.mark.slow
 def test_real_deepspeed(tmp_path: Path) -> None:
     arguments = ("--num_accelerators=2", f"--master_port={free_port()}")
     check_two_processes(launch(tmp_path, "deepspeed", *arguments), "deepspeed")
