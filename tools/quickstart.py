@@ -30,7 +30,8 @@ from megagpt2.data.order import Order
 from megagpt2.parallel.launch import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
+# What is installed beside the library, its tests, and modules that are tables of characters or of help texts.
+_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings", "pydoc_data"}
 
 
 def run(*command: str | Path, **environment: str) -> None:

@@ -22,7 +22,7 @@ def choose(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that `checkpoint.resume` means, verified, and notes on those passed over.
 
     auto: the newest that verifies, if any; must: the same, and none is an error; never: none, and none may
-    be there; else a path.
+    be there; else a path, where a run without checkpoints begins.
     """
     if resume == "never":
         if present := store.all_steps(checkpoints):
@@ -37,6 +37,10 @@ def choose(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
         if not folder.is_dir():
             raise store.CheckpointError(f"checkpoint.resume names {folder}, which is not a folder")
         store.verify(folder)
+        if not folder.resolve().is_relative_to(checkpoints.resolve()):
+            own, skipped = store.newest_verified(checkpoints)
+            if own is not None:  # the same command, started again after a stop, goes on
+                return own, [*skipped, f"{folder}: this run has checkpoints of its own by now"]
         return folder, []
     folder, skipped = store.newest_verified(checkpoints)
     if folder is None and (resume == "must" or skipped):

@@ -255,7 +255,7 @@ class CheckpointConfig(Section):
     resume: Annotated[Text, Field(min_length=1)] = "auto"
     """`auto`: from the newest verified checkpoint of the run, if there is one; `must`: the same, and it is an
     error if there is none; `never`: start anew, where no checkpoint is yet; anything else is the path (with a `/`) of a
-    checkpoint to start from."""
+    checkpoint to start from, until the run has its own (or of one of its own, to go back to)."""
 
     @field_validator("resume")
     @classmethod

@@ -67,6 +67,7 @@ class Loop:
 
     def run(self) -> int:
         """Train to config.training.steps. Returns the exit code: 0, or 75 after a signal."""
+        began = self.progress.step
         with StopSignals() as signals:
             if self.progress.step == 0:
                 self.validate()
@@ -77,7 +78,9 @@ class Loop:
                     self.save()
                     return STOP_AND_RESUME
                 self._every_so_often()
-            if self.last_validation is None or self.last_validation.step != self.progress.step:
+            if self.progress.step == began:
+                self.monitor.event(began, f"nothing left to do: training.steps is {began}")
+            elif self.last_validation is None or self.last_validation.step != self.progress.step:
                 self.validate()
             self.save()
         return 0

@@ -225,6 +225,15 @@ def test_choose_never(tmp_path):
         choose("never", tmp_path)  # the next resume would take the earlier run's later steps
 
 
+def test_a_run_that_began_elsewhere_goes_on_from_its_own(tmp_path):
+    """The same command, started again by a scheduler, must not throw away what it trained since."""
+    (origin,) = write(tmp_path / "origin", 7)
+    assert choose(str(origin), tmp_path / "run") == (origin, [])
+    (own,) = write(tmp_path / "run", 2)
+    folder, notes = choose(str(origin), tmp_path / "run")
+    assert folder == own and "of its own" in notes[0]
+
+
 def test_choose_a_path(tmp_path):
     folders = write(tmp_path, 1, 2)
     assert choose(str(folders[0]), tmp_path) == (folders[0], [])  # not the newest: the one that was named
