@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,8 +26,8 @@ import torch
 import torch.distributed as dist
 
 from megagpt2.checkpoint import store
-from megagpt2.checkpoint.load import Loaded, choose, open_checkpoint
-from megagpt2.checkpoint.save import Snapshot, TrainingState, save_checkpoint
+from megagpt2.checkpoint.load import Loaded
+from megagpt2.checkpoint.save import save_checkpoint
 from megagpt2.config import Config, ConfigError, load_config
 from megagpt2.config.facts import Facts
 from megagpt2.config.load import dump_config, save_config
@@ -39,28 +38,19 @@ from megagpt2.data.order import Order
 from megagpt2.data.tokenizer import Tokenizer
 from megagpt2.generation.sampling import Sampling, generate
 from megagpt2.model.gpt2 import layer_plans
-from megagpt2.model.initialize import initial_value
 from megagpt2.parallel.launch import RankEnvironment, detect, export
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import build_topology
+from megagpt2.run.material import Material, check_directory, claim_directory, open_material
+from megagpt2.run.resume import agree_on_checkpoint, agree_on_request, load_state, on_rank_0, snapshot
 from megagpt2.training.console import Console
 from megagpt2.training.engine import Engine, build_engine
 from megagpt2.training.inference import next_logits
 from megagpt2.training.loop import Hooks, Loop, Progress
-from megagpt2.training.masters import MOMENTS, create_moments, fragments, local_weights, set_values
 from megagpt2.training.monitor import JsonLines, Monitor, TensorBoard
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 _PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others in one collective
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a run reads: corpora, and the tokenizer if there is one."""
-
-    train: IndexedCorpus
-    valid: IndexedCorpus | None
-    tokenizer: Tokenizer | None
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -71,79 +61,22 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def open_corpus(prefix: Path, field: str, config: Config) -> IndexedCorpus:
-    """A corpus that fits the model, or a ConfigError."""
-    try:
-        corpus = IndexedCorpus(prefix)
-        Order(len(corpus.tokens), config.sequence_length, config.training.seed)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{field}: {error}") from None
-    words = (corpus.manifest or {}).get("vocabulary_size", 0)
-    if words > config.model.vocabulary:
+def choose_gpu(environment: RankEnvironment) -> None:
+    """LOCAL_RANK is the number of this rank's GPU, for us and for DeepSpeed."""
+    visible = torch.cuda.device_count()
+    if visible == 1:  # srun --gpus-per-task=1 shows every task its own one, as number 0
+        os.environ["LOCAL_RANK"] = "0"
+    elif environment.local_rank >= visible:
         raise ConfigError(
-            f"{field}: {prefix} was tokenized with a vocabulary of {words}, model.vocabulary is"
-            f" {config.model.vocabulary}: set model.vocabulary to {words}"
+            f"{environment.local_size} ranks were started on this node, which has {visible} GPUs: start at most"
+            f" {visible}, or train with training.device=cpu"
         )
-    return corpus
-
-
-def open_tokenizer(config: Config, corpora: list[IndexedCorpus | None]) -> Tokenizer | None:
-    """The tokenizer that fits the model and made the corpora, or a ConfigError."""
-    if config.data.tokenizer is None:
-        return None
-    try:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"data.tokenizer: {error}") from None
-    if tokenizer.vocabulary_size > config.model.vocabulary:
-        raise ConfigError(
-            f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocabulary_size} tokens, model.vocabulary is"
-            f" {config.model.vocabulary}: set model.vocabulary to {tokenizer.vocabulary_size}"
-        )
-    for corpus in filter(None, corpora):
-        made_with = (corpus.manifest or {}).get("tokenizer_sha256", tokenizer.sha256)
-        if made_with != tokenizer.sha256:  # its samples, and those of every checkpoint, would be gibberish
-            raise ConfigError(
-                f"data.tokenizer: {config.data.tokenizer} (sha256 {tokenizer.sha256[:12]}) is not the tokenizer that"
-                f" made {corpus.prefix} (sha256 {made_with[:12]}): name that one, or prepare the corpus again"
-            )
-    return tokenizer
-
-
-def open_material(config: Config, plan: Plan) -> Material:
-    """Everything that the configuration names, checked before any process group exists."""
-    if config.data.train is None:
-        raise ConfigError("data.train is not set: give the PREFIX of a corpus that tools/prepare_corpus.py wrote")
-    train = open_corpus(config.data.train, "data.train", config)
-    valid = None
-    if config.data.valid is not None and config.validation.every:
-        valid = open_corpus(config.data.valid, "data.valid", config)
-        windows = Order(len(valid.tokens), config.sequence_length, 0, shuffle=False).windows
-        if windows < plan.micro_batch * plan.data:
-            raise ConfigError(
-                f"data.valid: {config.data.valid} has {windows} sequences of {config.sequence_length} tokens, fewer"
-                f" than one micro-batch on each of {plan.data} data-parallel ranks ({plan.micro_batch * plan.data}):"
-                " use a smaller batch.micro_batch, or validation.every=0"
-            )
-    return Material(train, valid, open_tokenizer(config, [train, valid]))
-
-
-def check_directory(directory: Path) -> None:
-    """Refuse a run.directory that can't be written, without writing: every rank sees the same."""
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        why = f"{there} is a file"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        why = f"this user may not write in {there}"
-    else:
-        return
-    raise ConfigError(f"run.directory: {directory} can't be written, {why}: name another folder")
 
 
 def start_ranks(environment: RankEnvironment, plan_device: str) -> torch.device:
     """Join the process group."""
     if plan_device == "cuda":
-        device = torch.device("cuda", environment.local_rank)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         backend = "nccl"
     else:
@@ -152,86 +85,6 @@ def start_ranks(environment: RankEnvironment, plan_device: str) -> torch.device:
     dist.init_process_group(backend, timeout=_PATIENCE)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, dist_init_required=False, verbose=False)
     return device
-
-
-def broadcast_text(text: str | None, device: torch.device) -> str | None:
-    """Rank 0's text on every rank: as bytes, never pickled."""
-    payload = None if text is None else text.encode()
-    length = torch.tensor([-1 if payload is None else len(payload)], device=device)
-    dist.broadcast(length, 0)
-    count = int(length.item())
-    if count < 0:
-        return None
-    data = torch.zeros(count, dtype=torch.uint8, device=device)
-    if dist.get_rank() == 0:
-        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    dist.broadcast(data, 0)
-    return bytes(data.cpu().numpy()).decode()
-
-
-def agree_on_checkpoint(config: Config, device: torch.device) -> tuple[Loaded | None, list[str]]:
-    """Rank 0 looks and opens, then every rank does; an error is the same ConfigError everywhere."""
-    notes: list[str] = []
-    answer = None
-    if dist.get_rank() == 0:
-        try:
-            folder, notes = choose(config.checkpoint.resume, config.run.directory / "checkpoints")
-            if folder is not None:
-                open_checkpoint(folder, config.model)  # refuses another model's
-                answer = f"ok:{folder}"
-        except store.CheckpointError as error:
-            answer = f"error:{error}"
-    answer = broadcast_text(answer, device)
-    if answer is None:
-        return None, notes
-    status, _, text = answer.partition(":")
-    if status == "error":
-        raise ConfigError(text)
-    return open_checkpoint(Path(text), config.model), notes
-
-
-def load_state(engine: Engine, loaded: Loaded | None) -> Progress:
-    """Fill weights, masters and moments: from the checkpoint, or from the seed. One path for both (DESIGN D5)."""
-    seed, moments = engine.config.training.seed, engine.config.optimizer.name == "adamw"
-    if loaded is None:
-        set_values(engine.deepspeed, engine.topology, lambda spec: initial_value(spec, seed))
-        if moments:  # left to itself, ZeRO 1 and 2 link names to moments when only the first group has them
-            create_moments(engine.deepspeed, 0)
-        return Progress()
-    set_values(engine.deepspeed, engine.topology, loaded.master)
-    state = loaded.state
-    if moments:
-        create_moments(engine.deepspeed, state.updates)
-        for fragment in fragments(engine.deepspeed, engine.topology):
-            for kind in MOMENTS:
-                value = loaded.moment(kind, fragment.spec).flatten()[fragment.start : fragment.stop]
-                fragment.tensors[kind].copy_(value)
-    engine.load_scaler(state.loss_scaler)
-    return Progress(state.step, state.samples_seen, state.updates, tuple(state.losses))
-
-
-def snapshot(engine: Engine, progress: Progress, material: Material) -> Snapshot:
-    """What this rank saves."""
-    precision = engine.plan.precision
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    kinds = () if precision == "fp32" else ("master",)  # fp32 weights are the masters
-    if engine.config.optimizer.name == "adamw":
-        kinds += MOMENTS
-    slices = (
-        (f.spec, f.start, {kind: f.tensors[kind] for kind in kinds})
-        for f in fragments(engine.deepspeed, engine.topology)
-    )
-    state = TrainingState(
-        progress.step, progress.samples_seen, progress.updates, list(progress.losses), [], engine.scaler_state()
-    )
-    texts = {}
-    folder = engine.config.data.tokenizer
-    if material.tokenizer is not None and engine.topology.rank == 0:
-        texts = {n: (folder / n).read_text(encoding="utf-8") for n in _TOKENIZER_FILES if (folder / n).is_file()}
-    return Snapshot(
-        local_weights(engine.deepspeed), slices, state, engine.config.model, dtype, texts,
-        material.tokenizer.end_of_text if material.tokenizer else None,
-    )
 
 
 def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironment) -> dict[str, str]:
@@ -298,7 +151,7 @@ def bytes_of_tokens(tokenizer: Tokenizer) -> np.ndarray:
 def tell_start(monitor: Monitor, progress: Progress, plan: Plan, loaded: Loaded | None, notes: list[str]) -> None:
     """What people should know before the first step."""
     for note in notes:
-        monitor.event(progress.step, f"passed over {note}")
+        monitor.event(progress.step, note)
     for warning in plan.warnings:
         monitor.event(progress.step, f"warning: {warning}")
     if loaded is not None:
@@ -312,8 +165,11 @@ def tell_start(monitor: Monitor, progress: Progress, plan: Plan, loaded: Loaded 
 def train(config: Config, plan: Plan, material: Material, environment: RankEnvironment, device_type: str) -> int:
     """One run on this rank; returns the exit code."""
     device = start_ranks(environment, device_type)
-    loaded, notes = agree_on_checkpoint(config, device)
-    if environment.rank == 0:  # not before: a refused request leaves no trace
+    agree_on_request(config, plan, material, device)
+    loaded, notes = agree_on_checkpoint(config, material, device)
+    # Not before: a refused request leaves no trace.
+    on_rank_0(lambda: str(claim_directory(config.run.directory)), device)
+    if environment.rank == 0:
         save_config(config, config.run.directory / "config.yaml")
     topology = build_topology(plan.tensor, plan.pipeline)
     engine = build_engine(config, plan, topology, device)
@@ -322,7 +178,8 @@ def train(config: Config, plan: Plan, material: Material, environment: RankEnvir
 
     def batches(corpus: IndexedCorpus, shuffle: bool) -> Batches:
         order = Order(len(corpus.tokens), length, seed, shuffle)
-        return Batches(corpus.tokens, order, plan.micro_batch, topology.replica, topology.data)
+        words = config.model.vocabulary
+        return Batches(corpus.tokens, order, plan.micro_batch, topology.replica, topology.data, words)
 
     checkpoints = config.run.directory / "checkpoints"
     monitor = build_monitor(config, environment.rank)
@@ -330,7 +187,10 @@ def train(config: Config, plan: Plan, material: Material, environment: RankEnvir
     def save(at: Progress) -> None:
         folder = save_checkpoint(checkpoints, snapshot(engine, at, material), topology)
         if environment.rank == 0 and config.checkpoint.keep:
-            store.prune(checkpoints, config.checkpoint.keep, folder)
+            try:
+                store.prune(checkpoints, config.checkpoint.keep, folder)
+            except (OSError, ValueError) as error:  # the new checkpoint is safe: too many are no reason to stop
+                monitor.event(at.step, f"could not remove old checkpoints: {error}")
         monitor.event(at.step, f"saved {folder}")
 
     with monitor:
@@ -343,6 +203,7 @@ def train(config: Config, plan: Plan, material: Material, environment: RankEnvir
             engine, batches(material.train, True), batches(material.valid, False) if material.valid else None, monitor,
             Hooks(save, sampler(engine, material.tokenizer) if material.tokenizer else None), progress,
             bytes_of_tokens(material.tokenizer) if material.tokenizer else None,
+            ancestors={"deepspeed": 2, "torchrun": 1}.get(environment.launcher, 0),
         )
         code = loop.run()
     dist.barrier()
@@ -363,6 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         material = open_material(config, plan)
         check_directory(config.run.directory)
         export(environment)
+        if facts.device == "cuda":
+            choose_gpu(environment)
         return train(config, plan, material, environment, facts.device)
     except (ConfigError, store.CheckpointError, ValueError) as error:
         if not isinstance(error, (ConfigError, store.CheckpointError)) and dist.is_initialized():

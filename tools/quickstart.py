@@ -88,7 +88,16 @@ def make_corpus(config: Config, sources: list[Path]) -> None:
 
 
 def remove_results(config: Config) -> None:
-    """Only what this program made: the tokenizer's folder, the run's, and the corpus's files."""
+    """What this program made. Only in runs/quickstart: elsewhere there may be what somebody else made.
+
+    Raises ConfigError if the configuration points somewhere else.
+    """
+    home = ROOT / "runs/quickstart"
+    names = {"data.tokenizer": config.data.tokenizer, "run.directory": config.run.directory}
+    names |= {"data.train": config.data.train, "data.valid": config.data.valid}
+    for name, path in names.items():
+        if not path.resolve().is_relative_to(home):
+            raise ConfigError(f"--fresh removes only what is in {home}, but {name} is {path}: remove that yourself")
     for folder in (config.data.tokenizer, config.run.directory):
         shutil.rmtree(folder, ignore_errors=True)
     for prefix in (config.data.train, config.data.valid):
@@ -160,11 +169,11 @@ def main() -> int:
     try:
         config = load_config(file, arguments.overrides)
         check_request(config)
+        if arguments.fresh:
+            remove_results(config)
     except ConfigError as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2
-    if arguments.fresh:
-        remove_results(config)
     console = Console(highlight=False, soft_wrap=True)
     console.rule("1. tokenizer and corpus, from Python's standard library", align="left")
     make_corpus(config, library_sources()[: arguments.files])

@@ -41,6 +41,12 @@ def choose(resume: str, checkpoints: Path) -> tuple[Path | None, list[str]]:
             own, skipped = store.newest_verified(checkpoints)
             if own is not None:  # the same command, started again after a stop, goes on
                 return own, [*skipped, f"{folder}: this run has checkpoints of its own by now"]
+        elif later := [path for path in store.all_steps(checkpoints) if path.name > folder.name]:
+            # They would outlive what is trained from here, and the next resume would take them.
+            raise store.CheckpointError(
+                f"checkpoint.resume goes back to {folder}, but {checkpoints} holds {later[-1].name}, which the next"
+                " resume would take: move the later ones away first, or begin another run.directory"
+            )
         return folder, []
     folder, skipped = store.newest_verified(checkpoints)
     if folder is None and (resume == "must" or skipped):
@@ -81,8 +87,10 @@ def open_checkpoint(folder: Path, model: ModelConfig) -> Loaded:
                 f"{folder} holds a model with {name} {getattr(stored, name)}, the configuration asks for"
                 f" {getattr(model, name)}: use its configuration, or another run.directory"
             )
-    values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    values["skipped_ranges"] = [tuple(pair) for pair in values["skipped_ranges"]]
+    try:
+        state = TrainingState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise store.CheckpointError(f"{folder / 'state.json'} can't be used: {error}") from None
     return Loaded(
-        folder, TrainingState(**values), huggingface.Weights(folder / "model", model), SliceReader(folder / "optimizer")
+        folder, state, huggingface.Weights(folder / "model", model), SliceReader(folder / "optimizer")
     )

@@ -35,8 +35,8 @@ class TrainingState:
     samples_seen: int
     updates: int  # steps that changed the weights: what the learning rate counts
     losses: list[float] = field(default_factory=list)  # the last ones, newest last
-    skipped_ranges: list[tuple[int, int]] = field(default_factory=list)  # samples deliberately left out
     loss_scaler: dict[str, float] = field(default_factory=dict)
+    data: dict[str, int | str | None] = field(default_factory=dict)  # what samples_seen counts: corpus, length, seed
 
 
 @dataclass(frozen=True)

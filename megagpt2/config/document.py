@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megagpt2.config import yaml_format
-from megagpt2.config.refusals import DEEPSPEED_OWNED
+from megagpt2.config.refusals import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED
 from megagpt2.config.rules import rules_table_markdown
 from megagpt2.config.schema import Config, RampUp
 
@@ -42,7 +42,12 @@ legal, among it heads that `tensor_parallel` does not divide, and `norm: post` w
 _DEEPSPEED = """\
 ## deepspeed
 
-Further DeepSpeed options, passed through as they are. These are decided by fields of ours and refused here:
+Further DeepSpeed options, passed through as they are: those that are known to leave results exact.
+
+"""
+
+_OWNED = """
+All others are refused; among them these, which fields of ours decide:
 
 """
 
@@ -59,7 +64,15 @@ def document() -> str:
     owned = "".join(
         f"| `{theirs}` | `{ours.replace(' and ', '` and `')}` |\n" for theirs, ours in DEEPSPEED_OWNED.items()
     )
-    parts.append(f"{_DEEPSPEED}| DeepSpeed | Decided by |\n|---|---|\n{owned}")
+    allowed: dict[str, list[str]] = {}
+    for option in DEEPSPEED_ALLOWED:
+        section, _, key = option.rpartition(".")
+        allowed.setdefault(section, []).append(f"`{key}`")
+    passed = "".join(
+        f"| {f'`{section}`' if section else 'none'} | {', '.join(keys)} |\n" for section, keys in allowed.items()
+    )
+    tables = (f"| Section | Options |\n|---|---|\n{passed}", f"| DeepSpeed | Decided by |\n|---|---|\n{owned}")
+    parts.append(_DEEPSPEED + tables[0] + _OWNED + tables[1])
     parts.append(_RULES + rules_table_markdown())
     return "\n".join(parts)
 

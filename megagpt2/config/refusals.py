@@ -4,6 +4,7 @@ A function returns None where the request is legal, else a `Refusal`: what was a
 candidate changes, nearest first, which `rules.py` offers after it has checked that they are legal.
 """
 
+import difflib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -46,8 +47,61 @@ DEEPSPEED_OWNED: dict[str, str] = {
     "zero_force_ds_cpu_optimizer": "optimizer.name",
     "scheduler": "schedule",
     "tensorboard": "monitor.tensorboard",
+    "steps_per_print": "monitor.console_every",
 }
 """DeepSpeed's options that our fields decide, and the field that does."""
+
+DEEPSPEED_ALLOWED: tuple[str, ...] = (
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_optimizer.nvme_path",
+    "zero_optimization.offload_optimizer.buffer_count",
+    "zero_optimization.offload_optimizer.pin_memory",
+    "zero_optimization.offload_optimizer.pipeline_read",
+    "zero_optimization.offload_optimizer.pipeline_write",
+    "zero_optimization.offload_optimizer.fast_init",
+    "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.nvme_path",
+    "zero_optimization.offload_param.buffer_count",
+    "zero_optimization.offload_param.buffer_size",
+    "zero_optimization.offload_param.max_in_cpu",
+    "zero_optimization.offload_param.pin_memory",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "aio.block_size",
+    "aio.queue_depth",
+    "aio.intra_op_parallelism",
+    "aio.single_submit",
+    "aio.overlap_events",
+    "aio.use_gds",
+    "comms_logger.enabled",
+    "comms_logger.prof_all",
+    "comms_logger.prof_ops",
+    "comms_logger.verbose",
+    "comms_logger.debug",
+    "flops_profiler.enabled",
+    "flops_profiler.recompute_fwd_factor",
+    "flops_profiler.profile_step",
+    "flops_profiler.module_depth",
+    "flops_profiler.top_modules",
+    "flops_profiler.detailed",
+    "flops_profiler.output_file",
+    "wall_clock_breakdown",
+    "dump_state",
+)
+"""DeepSpeed's options that pass through: they decide where things lie and what is shown, not what is computed.
+
+Names as in DeepSpeed 0.19.8. Left out of offload_optimizer are ratio, super_offload and cpuadam_cores_perc: they
+need, or put in place of ours, an optimizer of DeepSpeed's own.
+"""
 
 
 @dataclass(frozen=True)
@@ -310,6 +364,21 @@ def deepspeed_contradicts(config: Config, facts: Facts) -> Refusal | None:
     return Refusal("deepspeed", asked, why, ({"deepspeed": rest},), remedy)
 
 
+def deepspeed_inexact(config: Config, facts: Facts) -> Refusal | None:
+    """Only what is known to be harmless passes: DeepSpeed computes otherwise under many options, and ignores unknown
+    ones."""
+    found = list(_strangers(config.deepspeed))
+    if not found:
+        return None
+    why = ", ".join(map(_why_not, found))
+    rest: Any = config.deepspeed
+    for path in found:
+        rest = _without(rest, list(path))
+    asked = ", ".join(".".join(("deepspeed", *path)) for path in found)
+    remedy = f"remove {'it' if len(found) == 1 else 'them'} there"
+    return Refusal("deepspeed", asked, why, ({"deepspeed": rest},), remedy)
+
+
 def parameters_offload(config: Config, facts: Facts) -> Refusal | None:
     """DeepSpeed offloads parameters only where they are sharded."""
     stage = config.parallel.zero_stage
@@ -317,6 +386,55 @@ def parameters_offload(config: Config, facts: Facts) -> Refusal | None:
         return None
     why = "DeepSpeed offloads parameters (deepspeed.zero_optimization.offload_param) only in stage 3"
     return Refusal("parallel.zero_stage", str(stage), why, ({"parallel.zero_stage": 3},))
+
+
+def _children(parent: tuple[str, ...], options: Iterable[str]) -> list[str]:
+    """The keys directly below the section, in order, out of dotted options."""
+    paths = [tuple(option.split(".")) for option in options]
+    depth = len(parent)
+    return list(dict.fromkeys(path[depth] for path in paths if len(path) > depth and path[:depth] == parent))
+
+
+def _strangers(options: Mapping[str, Any], parent: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of keys that are neither allowed nor ours; a section of them is named once, without its keys."""
+    known = (*DEEPSPEED_ALLOWED, *DEEPSPEED_OWNED)
+    for key, value in options.items():
+        path = (*parent, key)
+        if "." not in key and ".".join(path) in known:
+            continue
+        if isinstance(value, Mapping) and key in _children(parent, known):
+            yield from _strangers(value, path)
+        else:
+            yield path
+
+
+def _why_not(path: tuple[str, ...]) -> str:
+    """Of a key that is neither allowed nor ours."""
+    parent, key, name = path[:-1], path[-1], ".".join(path)
+    known = (*DEEPSPEED_ALLOWED, *DEEPSPEED_OWNED)
+    if key in _children(parent, known):  # DeepSpeed reads `zero_optimization: true` as another stage
+        return f"{name} must be a section"
+    here = [".".join((*parent, child)) for child in _children(parent, known)]
+    near = _nearest(key, here) or _nearest(key.rpartition(".")[2], known)
+    allowed = _children(parent, DEEPSPEED_ALLOWED)
+    if near in DEEPSPEED_OWNED:
+        hint = f"nearest: {near}, which is decided by our {DEEPSPEED_OWNED[near]}"
+    elif near:
+        hint = f"nearest: {near}"
+    elif allowed:
+        hint = f"{'these are' if not parent else 'of ' + '.'.join(parent) + ' these are'} {', '.join(allowed)}"
+    else:
+        hint = f"none of {'.'.join(parent)} is; these are {', '.join(_children((), DEEPSPEED_ALLOWED))}"
+    return f"{name} is not among the options that are known to leave results exact ({hint})"
+
+
+def _nearest(key: str, options: Iterable[str]) -> str | None:
+    """The dotted option whose last part is most like the key, if one is."""
+    by_key: dict[str, str] = {}
+    for option in options:
+        by_key.setdefault(option.rpartition(".")[2], option)
+    found = difflib.get_close_matches(key, by_key, 1, 0.8)
+    return by_key[found[0]] if found else None
 
 
 def _has(options: Any, dotted: str) -> bool:

@@ -114,6 +114,12 @@ RULES: tuple[Rule, ...] = (
         refusals.deepspeed_contradicts,
     ),
     Rule(
+        "deepspeed-inexact",
+        "Any other key in `deepspeed` than those listed above: many change what is computed, and DeepSpeed ignores a "
+        "misspelt one.",
+        refusals.deepspeed_inexact,
+    ),
+    Rule(
         "parameters-offload",
         "`deepspeed.zero_optimization.offload_param` below `zero_stage` 3.",
         refusals.parameters_offload,

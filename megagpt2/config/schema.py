@@ -66,7 +66,7 @@ class ModelConfig(Section):
     context: Positive = 1024
     """Number of learned positions: the longest sequence the model can read."""
     feed_forward: Positive | None = None
-    """Inner size of the MLP; null means 4 x `width`."""
+    """Inner size of the MLP; null means 4 x `width`, which is the only size under `norm: post`."""
     norm: Literal["pre", "post"] = "pre"
     """`pre`: LayerNorm before each sublayer and once at the end (GPT-2); `post`: after each residual sum
     (GPT-1)."""
@@ -91,6 +91,15 @@ class ModelConfig(Section):
             nearest = " or ".join(str(width) for width in (below, above) if width)
             raise ValueError(
                 f"width {self.width} is not a multiple of heads {self.heads}; nearest legal width: {nearest}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _post_norm_can_be_exported(self) -> Self:
+        if self.norm == "post" and self.inner != 4 * self.width:
+            raise ValueError(
+                f"feed_forward {self.inner} is not 4 x width {self.width}, and transformers' GPT-1 (norm: post), as "
+                f"which checkpoints are saved, has no other; nearest legal feed_forward: {4 * self.width}"
             )
         return self
 
@@ -279,7 +288,7 @@ class MonitorConfig(Section):
     sample_tokens: Positive = 64
     """Tokens per sample."""
     peak_tflops: Annotated[Float, Field(gt=0)] | None = None
-    """Peak TFLOP/s of one device, for MFU. null: from the table of known GPUs; on CPU measured once, or MFU
+    """Peak TFLOP/s of one device, for MFU. null: from the table of known GPUs; elsewhere MFU is
     left out."""
 
 
@@ -316,7 +325,9 @@ class Config(Section):
     run: RunConfig = RunConfig()
     """Where a run lives."""
     deepspeed: dict[str, JsonValue] = {}
-    """Further DeepSpeed options, passed through as they are; what a field of ours decides is refused here."""
+    """Further DeepSpeed options, passed through as they are: those that are known to leave results exact (offloading,
+    buckets, profiling; docs/reference/config.md lists them). All others, and what a field of ours decides, are
+    refused."""
 
     @property
     def sequence_length(self) -> int:

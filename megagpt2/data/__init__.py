@@ -1,4 +1,4 @@
-"""From text to batches: tokenizer, corpus preparation, `.bin/.idx` files, order, blending.
+"""From text to batches: tokenizer, corpus preparation, `.bin/.idx` files, order, batches.
 
 Reading order: `tokenizer.py` (text <-> ids), `sources.py` (files -> documents), `shuffle.py` (external
 shuffle), `corpus.py` (documents -> PREFIX_train/PREFIX_valid), `indexed.py` (the files themselves),

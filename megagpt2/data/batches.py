@@ -30,9 +30,11 @@ class MicroBatch(NamedTuple):
 class Batches:
     """Micro-batches of one replica from a flat array of tokens."""
 
-    def __init__(self, tokens: np.ndarray, order: Order, micro_batch: int, replica: int, replicas: int) -> None:
-        """tokens: one-dimensional, e.g. the memory map of a .bin file."""
-        self.tokens, self.order = tokens, order
+    def __init__(
+        self, tokens: np.ndarray, order: Order, micro_batch: int, replica: int, replicas: int, vocabulary: int
+    ) -> None:
+        """tokens: one-dimensional, e.g. the memory map of a .bin file; all must be below `vocabulary`."""
+        self.tokens, self.order, self.vocabulary = tokens, order, vocabulary
         self.micro_batch, self.replica, self.replicas = micro_batch, replica, replicas
 
     def read(self, numbers: range) -> MicroBatch:
@@ -42,6 +44,12 @@ class Batches:
         for row, number in zip(rows, numbers, strict=True):
             start = self.order.window(number).start
             row[:] = self.tokens[start : start + length + 1]
+        if rows.max() >= self.vocabulary:
+            # The embedding has rows beyond the last word, for alignment: a wrong id would be a loss, not an error.
+            raise ValueError(
+                f"samples {numbers.start} to {numbers.stop - 1} hold token {rows.max()}, the vocabulary has"
+                f" {self.vocabulary}: the corpus was made with another tokenizer"
+            )
         whole = torch.from_numpy(rows)
         samples = torch.arange(numbers.start, numbers.stop)
         return MicroBatch(whole[:, :-1].contiguous(), whole[:, 1:].contiguous(), samples)

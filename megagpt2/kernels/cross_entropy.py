@@ -95,7 +95,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         d_hidden, d_weight = ctx.saved_tensors
         scale = grad_output / len(d_hidden)
-        return d_hidden * scale.to(d_hidden.dtype), (d_weight * scale).to(ctx.weight_dtype), *[None] * 5
+        # Multiplied in the loss's precision: a factor rounded to bf16 would scale the whole network's gradient.
+        d_hidden = (d_hidden.to(scale.dtype) * scale).to(d_hidden.dtype)
+        return d_hidden, (d_weight * scale).to(ctx.weight_dtype), *[None] * 5
 
 
 def head_cross_entropy(

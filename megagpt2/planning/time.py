@@ -13,6 +13,8 @@ is not counted: it is hardware FLOPs, not model FLOPs.
 
 from __future__ import annotations
 
+import re
+
 from megagpt2.config.schema import ModelConfig
 
 PEAK_TFLOPS = {  # dense bf16, TFLOP/s of one device, from NVIDIA's data sheets
@@ -51,5 +53,6 @@ def model_tflops(model: ModelConfig, sequence: int, tokens_per_second: float, de
 
 def peak_tflops(device_name: str) -> float | None:
     """Peak TFLOP/s of a GPU by its name, None if unknown. The longest known name inside the device's wins."""
-    known = [name for name in PEAK_TFLOPS if name.lower() in device_name.lower()]
+    # Whole words: an "RTX A1000" is no A100, and an L40 no L4.
+    known = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name, re.IGNORECASE)]
     return PEAK_TFLOPS[max(known, key=len)] if known else None

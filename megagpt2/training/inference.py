@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagpt2.parallel.pipeline import forward_through_stages
 from megagpt2.training.engine import Engine
 
 
@@ -22,10 +24,12 @@ def next_logits(engine: Engine, tokens: Tensor) -> Tensor:
     module.eval()
     try:
         if engine.topology.pipeline > 1:
-            from megagpt2.parallel.pipeline import forward_through_stages
-
-            return forward_through_stages(module, engine.topology, tokens, length - 1, engine.config.model, pieces)
-        samples = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
-        return module(tokens, samples)[:, length - 1].float()
+            logits = forward_through_stages(module, engine.topology, tokens, length - 1, engine.config.model, pieces)
+        else:
+            samples = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+            logits = module(tokens, samples)[:, length - 1].float().contiguous()
     finally:
         module.train()
+    if engine.topology.world_size > 1:  # replicas on unlike processors may differ in a bit, and then draw other tokens
+        dist.broadcast(logits, 0)
+    return logits

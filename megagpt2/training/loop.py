@@ -21,6 +21,7 @@ from megagpt2.training.step import StepResult, TrainStep
 from megagpt2.training.watchdog import STOP_AND_RESUME, StopSignals
 
 _KEPT_LOSSES = 8
+_MOST_SKIPPED = 100  # steps in a row: a loss scale falls from 2**16 to 1 in 16
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Loop:
     hooks: Hooks
     progress: Progress = Progress()
     token_bytes: np.ndarray | None = None  # bytes of each token's text, for bits per byte
+    ancestors: int = 0  # how many parent processes are the launcher's: their end stops the run
     last_validation: ValidationRow | None = None
+    skipped: int = 0  # steps in a row that changed nothing
 
     def __post_init__(self) -> None:
         self.config: Config = self.engine.config
@@ -68,7 +71,7 @@ class Loop:
     def run(self) -> int:
         """Train to config.training.steps. Returns the exit code: 0, or 75 after a signal."""
         began = self.progress.step
-        with StopSignals() as signals:
+        with StopSignals(self.ancestors) as signals:
             if self.progress.step == 0:
                 self.validate()
             while self.progress.step < self.config.training.steps:
@@ -96,6 +99,12 @@ class Loop:
         result = self.step(batches, count, rate)
         self.progress = self.progress.after(result, size)
         self.monitor.step(self._row(result, size, rate))
+        self.skipped = self.skipped + 1 if result.skipped else 0
+        if self.skipped == _MOST_SKIPPED:
+            raise RuntimeError(
+                f"the last {_MOST_SKIPPED} steps had gradients that are not finite and changed nothing: resume from an"
+                " earlier checkpoint with a smaller optimizer.learning_rate"
+            )
 
     def _row(self, result: StepResult, size: int, rate: float) -> StepRow:
         length = self.config.sequence_length
@@ -153,11 +162,16 @@ class Loop:
         self.monitor.validation(self.last_validation)
 
     def validation_size(self) -> tuple[int, int]:
-        """(micro-batches per replica, samples in all): what is asked for, as far as the corpus reaches."""
-        plan, replicas = self.engine.plan, self.engine.topology.data
-        wanted = self.config.validation.batches * self.config.batch.global_batch
-        count = min(wanted, self.valid.order.windows) // (plan.micro_batch * replicas)
-        return count, count * plan.micro_batch * replicas
+        """(micro-batches per replica, samples in all): what is asked for, as far as the corpus reaches.
+
+        In whole global batches, which every layout can cut alike, so that all validate on the same windows. Only a
+        corpus of less than one is cut as the layout can.
+        """
+        plan, replicas, batch = self.engine.plan, self.engine.topology.data, self.config.batch.global_batch
+        stride = plan.micro_batch * replicas
+        windows = self.valid.order.windows
+        total = min(self.config.validation.batches, windows // batch) * batch or windows // stride * stride
+        return total // stride, total
 
     def _count_bytes(self, samples: int) -> int:
         """Bytes of text behind the targets of the first `samples` validation windows."""

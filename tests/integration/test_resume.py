@@ -218,7 +218,7 @@ def plain_torch(config: Config) -> list[float]:
     betas = (config.optimizer.beta1, config.optimizer.beta2)
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=config.optimizer.epsilon)
     tokens = IndexedCorpus(config.data.train).tokens
-    batches = Batches(tokens, Order(len(tokens), 32, config.training.seed), 1, 0, 1)
+    batches = Batches(tokens, Order(len(tokens), 32, config.training.seed), 1, 0, 1, config.model.vocabulary)
     found, seen = [], 0
     for step in range(config.training.steps):
         size = ramped_batch(config.batch.ramp_up, config.batch.global_batch, seen)

@@ -153,7 +153,7 @@ def end_all(processes: Sequence[Process], limit: float = LIMIT) -> list[Ended]:
     deadline = time.monotonic() + limit
     while any(process.running() for process in processes) and time.monotonic() < deadline:
         if any(not p.running() and p._popen.returncode for p in processes):
-            deadline = min(deadline, time.monotonic() + 20.0)
+            deadline = min(deadline, time.monotonic() + 60.0)
         time.sleep(0.02)
     try:
         return [process.end(deadline) for process in processes]

@@ -49,7 +49,10 @@ def start(config: Config) -> tuple[Engine, TrainStep, Batches]:
     set_values(engine.deepspeed, topology, lambda spec: initial_value(spec, config.training.seed))
     tokens = corpus(config.model.vocabulary)
     order = Order(len(tokens), config.sequence_length, config.training.seed)
-    return engine, TrainStep(engine), Batches(tokens, order, plan.micro_batch, topology.replica, topology.data)
+    return engine, TrainStep(engine), Batches(
+        tokens, order, plan.micro_batch, topology.replica, topology.data,
+        config.model.vocabulary,
+    )
 
 
 def local_weights(engine: Engine) -> dict[str, tuple[Spec, np.ndarray]]:
@@ -105,9 +108,10 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
 
 def save_and_go_on(changes: dict, folder: str, steps: int, load: str | None = None) -> dict:
     """Start (from a checkpoint if named), train `steps` steps, save to `folder`: losses and the checkpoint's path."""
-    from launch.pretrain import Material, load_state, snapshot
     from megagpt2.checkpoint.load import open_checkpoint
     from megagpt2.checkpoint.save import save_checkpoint
+    from megagpt2.run.material import Material
+    from megagpt2.run.resume import load_state, snapshot
 
     config = small_config(**changes)
     engine, step, batches = start(config)

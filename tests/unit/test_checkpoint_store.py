@@ -236,7 +236,10 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own(tmp_path):
 
 def test_choose_a_path(tmp_path):
     folders = write(tmp_path, 1, 2)
-    assert choose(str(folders[0]), tmp_path) == (folders[0], [])  # not the newest: the one that was named
+    assert choose(str(folders[0]), tmp_path / "run") == (folders[0], [])  # not the newest: the one that was named
+    with pytest.raises(CheckpointError, match="goes back to .*step_00000001.*holds step_00000002"):
+        choose(str(folders[0]), tmp_path)  # of this very run: its later steps would be resumed next
+    assert choose(str(folders[1]), tmp_path) == (folders[1], [])
     with pytest.raises(CheckpointError, match="step_00000003, which is not a folder"):
         choose(str(tmp_path / "step_00000003"), tmp_path)
     flip(folders[0] / "state.json")

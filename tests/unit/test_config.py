@@ -167,6 +167,14 @@ def test_heads_must_divide_width_and_the_nearest_widths_are_legal(write) -> None
         load_config(write(), ["model.heads=5", f"model.width={width}"])
 
 
+def test_post_norm_has_the_inner_size_that_can_be_exported(write) -> None:
+    text = message(write(), ["model.norm=post", "model.feed_forward=100"])
+    assert "model: feed_forward 100 is not 4 x width 64" in text and "nearest legal feed_forward: 256" in text
+    for legal in ("256", "null"):
+        load_config(write(), ["model.norm=post", f"model.feed_forward={legal}"])
+    load_config(write(), ["model.feed_forward=100"])
+
+
 def test_missing_fields_say_what_they_are_for(write) -> None:
     text = message(write("model: {layers: 2, width: 64, heads: 4}\nbatch: {micro_batch: 2}\n"))
     assert "batch.global_batch: required, but not given (Sequences per optimizer step" in text
@@ -300,6 +308,7 @@ def test_parameters_are_the_sum_over_the_tensors(
 ) -> None:
     """Against a count written out tensor by tensor, in Hugging Face's names."""
     width = heads * head_width
+    inner = None if norm == "post" else inner
     model = ModelConfig(
         layers=layers, width=width, heads=heads, vocabulary=99, context=33, feed_forward=inner, norm=norm
     )

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "evaluation": CHECKPOINT | {"checkpoint"},
     "finetuning": CHECKPOINT | {"checkpoint", "training"},
     "planning": {"config", "model", "parallel"},
+    "run": CHECKPOINT | {"checkpoint", "training", "generation", "planning"},  # what the programs in launch/ share
 }
 COMPILED = "_C"  # csrc, behind the dispatch of kernels/
 SCRIPTS = {"launch", "tools", "tests"}  # they import the package, never the other way round

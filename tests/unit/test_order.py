@@ -108,10 +108,11 @@ def test_small_corpora_are_refused_with_the_length_that_fits(shuffle):
 
 
 LENGTH, TOKENS = 8, np.arange(1000, dtype=np.uint16) * 7 % 613
+VOCABULARY = int(TOKENS.max()) + 1
 
 
 def batches(micro: int, replica: int, replicas: int, shuffle: bool = True) -> Batches:
-    return Batches(TOKENS, Order(len(TOKENS), LENGTH, 11, shuffle), micro, replica, replicas)
+    return Batches(TOKENS, Order(len(TOKENS), LENGTH, 11, shuffle), micro, replica, replicas, VOCABULARY)
 
 
 @given(
@@ -123,7 +124,7 @@ def test_a_global_batch_is_the_same_samples_however_it_is_cut(split, seen, steps
     parts = [
         micro_batch
         for replica in range(replicas)
-        for micro_batch in batches(micro, replica, replicas).global_batch(seen, 24 * steps)
+        for micro_batch in batches(micro, replica, replicas, VOCABULARY).global_batch(seen, 24 * steps)
     ]
     assert all(part.tokens.shape == part.targets.shape == (micro, LENGTH) for part in parts)
     samples = torch.cat([part.samples for part in parts])

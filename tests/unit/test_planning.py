@@ -20,8 +20,7 @@ def addmm_flops(_, a, b, out_shape) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("feed_forward", [None, 40])
+@pytest.mark.parametrize(("norm", "feed_forward"), [("pre", None), ("pre", 40), ("post", None)])
 def test_token_flops_are_what_torch_counts(norm, feed_forward):
     """Exactly, once the two things that are computed but not counted are added.
 
@@ -120,3 +119,16 @@ def test_gpt2_stages(layers, width, heads, stages, blocks):
     ]
     assert sorted(counts[:-1]) == sorted(blocks[:-1])
     assert counts[-1] == blocks[-1]
+
+
+@pytest.mark.parametrize(
+    "device, peak",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.0), ("NVIDIA L4", 121.0), ("NVIDIA L40S", 362.0), ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None), ("Tesla V100-SXM2-16GB", 125.0), ("something else", None),
+    ],
+)
+def test_the_peak_of_a_known_gpu(device, peak):
+    """By whole words: an RTX A1000 is no A100, an L40 no L4. An unknown one has no MFU rather than a wrong one."""
+    assert peak_tflops(device) == peak

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megagpt2.config import Config, ConfigError, Facts, IllegalRequest, check, legal_layouts
 from megagpt2.config.batching import accumulation_steps, ramped_batch
-from megagpt2.config.refusals import DEEPSPEED_OWNED
+from megagpt2.config.refusals import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED
 from megagpt2.config.rules import RULES, rules_table_markdown, violations
 from megagpt2.config.schema import RampUp
 
@@ -245,6 +245,22 @@ CASES = (
         legal={"deepspeed": {"zero_optimization": {"overlap_comm": True}}},
     ),
     Case(
+        "deepspeed-inexact",
+        {"deepspeed": {"bf16": {"immediate_grad_update": False}, "elasticity": {"enabled": True}}},
+        (
+            "deepspeed.bf16.immediate_grad_update, deepspeed.elasticity was asked",
+            "bf16.immediate_grad_update is not among the options that are known to leave results exact (none of",
+            "elasticity is not among the options that are known to leave results exact (these are zero_optimization, ",
+            "remove them",
+        ),
+    ),
+    Case(
+        "deepspeed-inexact",
+        {"deepspeed.gradient_cliping": 1.0},
+        ("gradient_cliping is not among", "nearest: gradient_clipping, which is decided by our optimizer.clip"),
+        legal={"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}},
+    ),
+    Case(
         "parameters-offload",
         {ZERO: 2},
         (f"{ZERO}: 2 was asked", "only in stage 3", "nearest legal value: 3"),
@@ -318,11 +334,66 @@ def test_suggestion_takes_other_fields_along_where_one_is_not_enough() -> None:
 
 @pytest.mark.parametrize("theirs", DEEPSPEED_OWNED)
 def test_every_key_of_deepspeed_that_we_own_names_our_field(theirs: str) -> None:
-    options: Any = 1
-    for part in reversed(theirs.split(".")):
-        options = {part: options}
+    options = nested(theirs, 1)
     with pytest.raises(IllegalRequest, match=f"{theirs} is decided by our {DEEPSPEED_OWNED[theirs]}; remove it"):
         check(BASE.replace({"deepspeed": options}), CPU)
+
+
+def nested(dotted: str, value: Any) -> Any:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize("theirs", DEEPSPEED_ALLOWED)
+def test_every_allowed_key_of_deepspeed_passes(theirs: str) -> None:
+    check(BASE.replace({"deepspeed": nested(theirs, 1), ZERO: 3}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "says"),
+    [
+        ("zero_optimization.round_robin_gradients", "of zero_optimization these are offload_optimizer, offl"),
+        ("zero_optimization.memory_efficient_linear", "of zero_optimization these are"),
+        ("zero_optimization.prefetch_bucket_size", "nearest: zero_optimization.stage3_prefetch_bucket_size)"),
+        ("zero_optimization.overlap_com", "nearest: zero_optimization.overlap_comm)"),
+        ("zero_optimization.offload_param.pinned_memory", "nearest: zero_optimization.offload_param.pin_memory)"),
+        ("zero_optimization.offload_optimizer.super_offload", "of zero_optimization.offload_optimizer these are"),
+        ("zero_optimization.offload_optimizer.ratio", "of zero_optimization.offload_optimizer these are device,"),
+        ("overlap_comm", "nearest: zero_optimization.overlap_comm)"),
+        ("aio.blok_size", "nearest: aio.block_size)"),
+        ("aio.threads", "of aio these are block_size,"),
+        ("bf16.bf16_master_weights_and_grads", "none of bf16 is; these are zero_optimization, aio,"),
+        ("fp16.hysteresis", "none of fp16 is"),
+        ("bf16.enabld", "nearest: bf16.enabled, which is decided by our training.precision)"),
+        ("communication_data_type", "these are zero_optimization, aio,"),
+        ("curriculum_learning", "these are zero_optimization, aio,"),
+        ("compression_training", "these are zero_optimization, aio,"),
+        ("data_efficiency", "these are zero_optimization, aio,"),
+        ("prescale_gradients", "these are zero_optimization, aio,"),
+        ("", "these are zero_optimization, aio,"),
+    ],
+)
+def test_every_other_key_of_deepspeed_is_refused(theirs: str, says: str) -> None:
+    """With what may be set there, or the nearest key that is known."""
+    (violation,) = violations(BASE.replace({"deepspeed": nested(theirs, 1), ZERO: 3}), CPU)
+    assert violation.rule == "deepspeed-inexact" and violation.suggestions == ({"deepspeed": {}},)
+    text = str(violation)
+    assert f"deepspeed.{theirs} was asked, but {theirs} is not among the options that are known to" in text
+    assert says in text and text.endswith("; remove it there")
+
+
+def test_a_dotted_key_is_no_path() -> None:
+    """DeepSpeed ignores it."""
+    with pytest.raises(IllegalRequest, match="nearest: zero_optimization.overlap_comm"):
+        check(BASE.replace({"deepspeed": {"zero_optimization.overlap_comm": True}}), CPU)
+
+
+@pytest.mark.parametrize("section", ["zero_optimization", "zero_optimization.offload_param", "aio", "bf16", "pipeline"])
+def test_a_section_of_deepspeed_must_be_one(section: str) -> None:
+    """DeepSpeed takes `zero_optimization: true` for stage 1, whatever zero_stage is."""
+    with pytest.raises(IllegalRequest, match=f"{section} must be a section; remove it there"):
+        check(BASE.replace({"deepspeed": nested(section, True), ZERO: 3}), CPU)
 
 
 def test_fields_named_as_owners_exist() -> None:

@@ -1,0 +1,1 @@
+"""What the programs in launch/ share: they wire the other packages together, and may import all of them."""
