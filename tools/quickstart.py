@@ -190,13 +190,13 @@ def main() -> int:
     gain = report(config, console, replicas, time.monotonic() - begin)
     checkpoint = sorted((config.run.directory / "checkpoints").glob("step_*"))[-1]
     run(
-        sys.executable, ROOT / "launch/generate.py", "--checkpoint", checkpoint, "--prompt", "def ", "--tokens", "80",
+        sys.executable, ROOT / "launch/generate.py", "--checkpoint", checkpoint, "--prompt", "    def", "--tokens", "80",
         "--top-k", "40",
     )
     console.print(
         f"\nrun          {config.run.directory}\ncheckpoint   {checkpoint} (transformers opens its model/)"
         f"\ntensorboard  {program('tensorboard')} --logdir {config.run.directory / 'tensorboard'}"
-        f"\nsample more  {program('python')} launch/generate.py --checkpoint {checkpoint} --prompt 'import '"
+        f"\nsample more  {program('python')} launch/generate.py --checkpoint {checkpoint} --prompt 'import'"
     )
     if gain < arguments.gain:
         print(f"quickstart: {gain:.2f} nats per token are fewer than the {arguments.gain} expected", file=sys.stderr)
