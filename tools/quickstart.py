@@ -190,8 +190,8 @@ def main() -> int:
     gain = report(config, console, replicas, time.monotonic() - begin)
     checkpoint = sorted((config.run.directory / "checkpoints").glob("step_*"))[-1]
     run(
-        sys.executable, ROOT / "launch/generate.py", "--checkpoint", checkpoint, "--prompt", "    def", "--tokens", "80",
-        "--top-k", "40",
+        sys.executable, ROOT / "launch/generate.py", "--checkpoint", checkpoint, "--prompt", "    def",
+        "--tokens", "80", "--top-k", "40",
     )
     console.print(
         f"\nrun          {config.run.directory}\ncheckpoint   {checkpoint} (transformers opens its model/)"
