@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -121,7 +122,8 @@ def save_and_go_on(changes: dict, folder: str, steps: int, load: str | None = No
         result = step(batches.global_batch(progress.samples_seen, size), engine.plan.accumulation, 1e-3)
         progress = progress.after(result, size)
         losses.append(result.loss)
-    saved = save_checkpoint(Path(folder), snapshot(engine, progress, Material(None, None, None)), engine.topology)
+    material = Material(SimpleNamespace(tokens=batches.tokens, manifest=None), None, None)
+    saved = save_checkpoint(Path(folder), snapshot(engine, progress, material), engine.topology)
     engine.close()
     return {"losses": losses, "saved": str(saved)}
 
