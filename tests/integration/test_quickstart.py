@@ -94,7 +94,7 @@ def test_its_parts_come_in_order(done):
     _, end = done
     places = [end.output.find(part) for part in (
         "1. tokenizer and corpus", "512 ids from", "2. training on 2 processes", "step 40/40", "3. what it learned",
-        "\ndef ", "sample more",
+        "\n    def", "sample more",
     )]
     assert -1 not in places and places == sorted(places)
 
