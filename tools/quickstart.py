@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megagpt2.config import Config, ConfigError, load_config
+from megagpt2.config.batching import validation_samples
 from megagpt2.data.indexed import IndexedCorpus
 from megagpt2.data.order import Order
 from megagpt2.parallel.launch import free_port
@@ -132,8 +133,10 @@ def report(config: Config, console: Console, replicas: int, seconds: float) -> f
     validations, last = read_log(config)
     before, after = validations[0], validations[-1]
     held_out = Order(len(IndexedCorpus(config.data.valid).tokens), config.sequence_length, 0, shuffle=False)
-    windows = min(config.validation.batches * config.batch.global_batch, held_out.windows)
-    windows -= windows % (config.batch.micro_batch * replicas)
+    batch = config.batch
+    windows = validation_samples(
+        config.validation.batches, held_out.windows, batch.global_batch, batch.micro_batch, replicas
+    )
     unigram = unigram_loss(config, windows)
     bits = after["bits_per_byte"] / after["loss"]
     table = Table(title=f"held-out text, {windows} windows of {config.sequence_length} tokens", title_justify="left")

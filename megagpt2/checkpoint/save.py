@@ -113,7 +113,7 @@ def _write_common(folder: Path, snapshot: Snapshot) -> list[Path]:
     """What rank 0 adds once all model files are there."""
     weight_map, total = {}, 0
     for path in sorted((folder / "model").glob("model-*.safetensors")):
-        with huggingface.Weights._open(path) as f:
+        with store.open_safetensors(path) as f:
             weight_map |= dict.fromkeys(f.keys(), path.name)
         total += path.stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -15,11 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megagpt2.checkpoint.store import CheckpointError
+from megagpt2.checkpoint.store import CheckpointError, open_safetensors
 from megagpt2.model.parameters import Spec
 
 Slice = tuple[Spec, int, dict[str, Tensor]]  # parameter, first element, {"master" | "exp_avg" | ...: fp32 [n]}
@@ -52,12 +51,12 @@ class SliceReader:
         if not files:
             raise CheckpointError(f"{folder} holds no optimizer state")
         for path in files:
-            try:
-                with safe_open(path, framework="pt") as f:
+            with open_safetensors(path) as f:
+                try:
                     slices = json.loads((f.metadata() or {})["slices"])
-                    self.kinds |= {key.split("/", 1)[0] for key in f.keys()}  # noqa: SIM118 - not a dict
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
-                raise CheckpointError(f"{path} is not a file of optimizer slices: {error}") from None
+                except (KeyError, ValueError) as error:
+                    raise CheckpointError(f"{path} is not a file of optimizer slices: {error!r}") from None
+                self.kinds |= {key.split("/", 1)[0] for key in f.keys()}  # noqa: SIM118 - not a dict
             for name, place in slices.items():
                 self.places.setdefault(name, []).append((path, place))
 
@@ -82,7 +81,7 @@ class SliceReader:
             local = torch.empty(shard.local_shape).flatten()
             here = torch.zeros(local.shape, dtype=torch.bool)
             for path, place in pieces:
-                with safe_open(path, framework="pt") as f:
+                with open_safetensors(path) as f:
                     local[place["start"] : place["stop"]] = f.get_tensor(f"{kind}/{spec.name}")
                 here[place["start"] : place["stop"]] = True
             shard.place(local.view(shard.local_shape), whole)

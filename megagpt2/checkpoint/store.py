@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 MANIFEST = "manifest.json"
 VERSION = 1
 _STEP = re.compile(r"step_(\d{8,})")
@@ -24,6 +26,14 @@ _STEP = re.compile(r"step_(\d{8,})")
 
 class CheckpointError(ValueError):
     """A checkpoint can't be used; the message names the file and what to do."""
+
+
+def open_safetensors(path: Path):
+    """An open safetensors file, tensors in torch's form. Raises CheckpointError where it isn't one."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

@@ -17,6 +17,16 @@ def accumulation_steps(global_batch: int, micro_batch: int, data: int) -> int:
     return steps
 
 
+def validation_samples(batches: int, windows: int, global_batch: int, micro_batch: int, data: int) -> int:
+    """Windows that a validation of `batches` global batches reads of a corpus that has `windows`.
+
+    Whole global batches, which every layout can cut alike, so that all validate on the same windows. Only a corpus of
+    less than one is cut as the layout can: to a multiple of micro_batch x data-parallel size.
+    """
+    stride = micro_batch * data
+    return min(batches, windows // global_batch) * global_batch or windows // stride * stride
+
+
 def ramped_batch(ramp_up: RampUp | None, global_batch: int, samples_seen: int) -> int:
     """Global batch of the step that begins after `samples_seen` samples.
 

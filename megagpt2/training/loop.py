@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megagpt2.config.batching import ramped_batch
+from megagpt2.config.batching import ramped_batch, validation_samples
 from megagpt2.config.schema import Config
 from megagpt2.data.batches import Batches
 from megagpt2.planning import time as planned_time
@@ -162,16 +162,11 @@ class Loop:
         self.monitor.validation(self.last_validation)
 
     def validation_size(self) -> tuple[int, int]:
-        """(micro-batches per replica, samples in all): what is asked for, as far as the corpus reaches.
-
-        In whole global batches, which every layout can cut alike, so that all validate on the same windows. Only a
-        corpus of less than one is cut as the layout can.
-        """
-        plan, replicas, batch = self.engine.plan, self.engine.topology.data, self.config.batch.global_batch
-        stride = plan.micro_batch * replicas
-        windows = self.valid.order.windows
-        total = min(self.config.validation.batches, windows // batch) * batch or windows // stride * stride
-        return total // stride, total
+        """(micro-batches per replica, samples in all): what is asked for, as far as the corpus reaches."""
+        micro_batch, replicas = self.engine.plan.micro_batch, self.engine.topology.data
+        windows, batch = self.valid.order.windows, self.config.batch.global_batch
+        total = validation_samples(self.config.validation.batches, windows, batch, micro_batch, replicas)
+        return total // (micro_batch * replicas), total
 
     def _count_bytes(self, samples: int) -> int:
         """Bytes of text behind the targets of the first `samples` validation windows."""

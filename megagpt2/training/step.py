@@ -16,7 +16,8 @@ from megagpt2.training.engine import Engine
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the global batch, the same on every rank. Seconds are this rank's."""
+    """loss: mean over the global batch, the same on every rank. loss_scale (fp16): what this step's gradients were
+    scaled by. Seconds are this rank's."""
 
     loss: float
     gradient_norm: float
@@ -66,7 +67,7 @@ class TrainStep:
         engine, clock = self.engine, _Clock(self.engine.device)
         begin = clock.now()
         engine.set_learning_rate(learning_rate)
-        skipped_before = engine.deepspeed.skipped_steps
+        skipped_before, loss_scale = engine.deepspeed.skipped_steps, engine.loss_scale
         run = self._pipeline_step if self.pipeline else self._plain_step
         loss = run(clock.reading(batches), micro_batches, clock)
         seconds = clock.now() - begin
@@ -74,7 +75,7 @@ class TrainStep:
             loss=loss,
             gradient_norm=engine.gradient_norm,
             skipped=engine.deepspeed.skipped_steps > skipped_before,
-            loss_scale=engine.loss_scale,
+            loss_scale=loss_scale,
             seconds_data=clock.data,
             seconds_forward_backward=seconds - clock.data - clock.optimizer,
             seconds_optimizer=clock.optimizer,

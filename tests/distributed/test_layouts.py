@@ -158,13 +158,18 @@ def test_bf16_is_as_near_to_fp32_as_one_process_is(pool, one_process, one_proces
     less than 2**-6, two bits of bf16's eight.
     """
     adam, sgd = adam_and_sgd(pool, ranks, {**BF16, **layout})
-    exact = np.array(one_process[0][0]["losses"])
-    rounding = np.abs(np.array(one_process_bf16[0][0]["losses"]) - exact).max()
-    assert np.abs(np.array(adam[0]["losses"]) - exact).max() <= 2 * rounding + 2e-4
-    expected, rounded, found = gradients(one_process[1]), gradients(one_process_bf16[1]), gradients(sgd)
+    rounded_as_one_process_is(adam, sgd, one_process, one_process_bf16, floor=2.0**-6)
+
+
+def rounded_as_one_process_is(adam, sgd, exact, rounded, floor: float) -> None:
+    """I2: a layout's low precision differs from fp32 by twice what one process's does, or by `floor`."""
+    truth = np.array(exact[0][0]["losses"])
+    rounding = np.abs(np.array(rounded[0][0]["losses"]) - truth).max()
+    assert np.abs(np.array(adam[0]["losses"]) - truth).max() <= 2 * rounding + 2e-4
     wrong = {}
-    for name, truth in expected.items():
-        truth, one, here = (without_keys(name, tensor) for tensor in (truth, rounded[name], found[name]))
-        if error(here, truth) > max(2 * error(one, truth), 2.0**-6):
+    expected, one_process, found = gradients(exact[1]), gradients(rounded[1]), gradients(sgd)
+    for name in expected:
+        truth, one, here = (without_keys(name, tensors[name]) for tensors in (expected, one_process, found))
+        if error(here, truth) > max(2 * error(one, truth), floor):
             wrong[name] = (error(here, truth), error(one, truth))
     assert not wrong, f"(error, one process's error) of gradients: {wrong}"

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megagpt2.checkpoint.store import CheckpointError
+from megagpt2.checkpoint.store import CheckpointError, open_safetensors
 from megagpt2.config.schema import ModelConfig
 from megagpt2.model.parameters import Spec
 
@@ -108,15 +107,8 @@ class Weights:
             single = folder / "model.safetensors"
             if not single.exists():
                 raise CheckpointError(f"{folder} has neither {INDEX} nor model.safetensors")
-            with self._open(single) as f:
+            with open_safetensors(single) as f:
                 self.files = dict.fromkeys(f.keys(), single.name)
-
-    @staticmethod
-    def _open(path: Path):
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
     def read(self, spec: Spec) -> Tensor:
         """The whole parameter in our orientation, in the dtype it was stored in."""
@@ -127,7 +119,7 @@ class Weights:
             file = self.files.get(name)
         if file is None:
             raise CheckpointError(f"{self.folder} has no tensor transformer.{name}: is it another architecture?")
-        with self._open(self.folder / file) as f:
+        with open_safetensors(self.folder / file) as f:
             tensor = transpose_if_projection(spec.name, f.get_tensor(name))
         if tuple(tensor.shape) != spec.shape:
             raise CheckpointError(f"{self.folder}: {name} has shape {list(tensor.shape)}, the model {list(spec.shape)}")
