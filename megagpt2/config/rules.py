@@ -10,6 +10,7 @@ violated rule. What it suggests instead has itself been checked against every ru
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice, product
+from typing import get_args
 
 from pydantic import ValidationError
 
@@ -18,7 +19,7 @@ from megagpt2.config.batching import accumulation_steps, ramped_batch
 from megagpt2.config.errors import ConfigError
 from megagpt2.config.facts import Facts
 from megagpt2.config.refusals import Change, Refusal
-from megagpt2.config.schema import Config
+from megagpt2.config.schema import Config, Recomputation
 
 __all__ = [
     "RULES",
@@ -238,7 +239,7 @@ def legal_layouts(config: Config, world_sizes: Iterable[int], facts: Facts) -> I
         here = replace(facts, world_size=world_size)
         divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
         for tensor, pipeline, sequence, zero, recompute in product(
-            divisors, divisors, (False, True), range(4), ("none", "selective", "full")
+            divisors, divisors, (False, True), range(4), get_args(Recomputation)
         ):
             asked = config.replace(
                 {

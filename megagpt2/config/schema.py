@@ -164,6 +164,9 @@ class BatchConfig(Section):
     """Start with smaller batches; null means `global_batch` from the first step."""
 
 
+Recomputation = Literal["none", "selective", "full", "full_offload"]
+
+
 class ParallelConfig(Section):
     """How the model is spread. Data-parallel size is derived: ranks / (tensor_parallel x
     pipeline_parallel)."""
@@ -178,8 +181,9 @@ class ParallelConfig(Section):
     zero_stage: Annotated[NonNegative, Field(le=3)] = 1
     """ZeRO: 1 shards optimizer states over data-parallel ranks, 2 gradients too, 3 parameters too. 0 is run
     as 1, whose results are the same: DeepSpeed's own stage 0 is not exact in bf16 or under a pipeline."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes: `selective` the attention core, `full` whole blocks."""
+    activation_checkpointing: Recomputation = "none"
+    """What the backward pass recomputes: `selective` the attention core, `full` whole blocks; `full_offload` is `full`
+    with the blocks' inputs, all that is kept, waiting in the CPU's memory."""
 
 
 class OptimizerConfig(Section):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from megagpt2.model.attention import Attention
@@ -25,7 +28,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.pre_norm = norm == "pre"
-        self.recompute = recompute == "full"
+        self.recompute = recompute in ("full", "full_offload")
+        self.offload = recompute == "full_offload"
         self.ln_1 = build.layer_norm(f"{name}.ln_1", width, epsilon)
         self.attn = Attention(
             build, f"{name}.attn", layer, width=width, heads=heads, dropout=attention_dropout, std=std,
@@ -40,7 +44,8 @@ class Block(nn.Module):
         x, samples = state
         if self.recompute and torch.is_grad_enabled():
             # Dropout masks are functions of their coordinates: there is no generator state to preserve.
-            x = checkpoint(self.transform, x, samples, use_reentrant=False, preserve_rng_state=False)
+            with save_on_cpu(pin_memory=x.is_cuda) if self.offload else nullcontext():  # what is saved: x and samples
+                x = checkpoint(self.transform, x, samples, use_reentrant=False, preserve_rng_state=False)
         else:
             x = self.transform(x, samples)
         return x, samples

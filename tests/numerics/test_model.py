@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from launch.generate import load
 from megagpt2.checkpoint.formats.huggingface import foreign_name, read_model_config, transpose_if_projection
 from megagpt2.checkpoint.store import CheckpointError
 from megagpt2.config import load_config
+from megagpt2.config.schema import Recomputation
 from megagpt2.data.tokenizer import BYTE_OF, Tokenizer
 from megagpt2.kernels.philox import key_of, random_normal
 from megagpt2.model import initialize
@@ -207,13 +209,29 @@ def test_written_out_attention_is_sdpa(sequence):
 def test_recomputation_changes_no_bit(norm):
     config = dropped(model_config(norm=norm))
     batch = random_tokens(config)
-    results = [gradients(dense_model(config, recompute), *batch) for recompute in ("none", "selective", "full")]
+    results = [gradients(dense_model(config, recompute), *batch) for recompute in get_args(Recomputation)]
     for loss, by_name in results[1:]:
         assert torch.equal(loss, results[0][0])
         for name, gradient in by_name.items():
             assert torch.equal(gradient, results[0][1][name]), name
     still = gradients(dense_model(model_config(norm=norm)), *batch)[0]
     assert abs(results[0][0] - still) > 1e-3  # dropout was on
+
+
+def test_full_offload_keeps_the_blocks_inputs_on_the_cpu_and_nothing_else(monkeypatch):
+    moved = []
+
+    def recorder(pin_memory):
+        assert not pin_memory  # of a CPU tensor there is nothing to pin
+        return torch.autograd.graph.saved_tensors_hooks(lambda tensor: moved.append(tensor) or tensor, lambda it: it)
+
+    monkeypatch.setattr("megagpt2.model.block.save_on_cpu", recorder)
+    config = dropped(model_config())
+    tokens, targets, samples = random_tokens(config)
+    gradients(dense_model(config, "full_offload"), tokens, targets, samples)
+    hidden = [tensor for tensor in moved if tensor.shape == (*tokens.shape, config.width)]
+    assert len(hidden) == config.layers
+    assert sum(tensor.numel() for tensor in moved) == config.layers * (hidden[0].numel() + len(samples))
 
 
 def test_a_token_does_not_see_the_future():

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import assume, given, settings
@@ -18,7 +18,7 @@ from megagpt2.config import Config, ConfigError, Facts, IllegalRequest, check, l
 from megagpt2.config.batching import accumulation_steps, ramped_batch
 from megagpt2.config.refusals import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED
 from megagpt2.config.rules import RULES, rules_table_markdown, violations
-from megagpt2.config.schema import RampUp
+from megagpt2.config.schema import RampUp, Recomputation
 
 BASE = Config.model_validate(
     {
@@ -500,7 +500,7 @@ def test_legal_layouts_are_all_of_them_and_each_once() -> None:
     worlds = (1, 2, 4, 6, 8)
     found = [(plan.world_size, *plan.changes().values()) for plan in legal_layouts(BASE, worlds, CPU)]
     expected = set()
-    for values in product(range(1, 9), range(1, 9), (False, True), range(4), ("none", "selective", "full")):
+    for values in product(range(1, 9), range(1, 9), (False, True), range(4), get_args(Recomputation)):
         asked = BASE.replace(dict(zip((TP, PP, SP, ZERO, RECOMPUTE), values, strict=True)))
         for world in worlds:
             if all(rule.check(asked, ranks(world)) is None for rule in RULES):
