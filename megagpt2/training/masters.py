@@ -107,8 +107,7 @@ def set_values(engine, topology: Topology, values: Values) -> None:
     for parameter in specified(engine.module):
         value = values(parameter.spec)
         if _is_stage_3(parameter):
-            source = topology.data_ranks(topology.stage, topology.shard)[0]
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=source):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # counted in the data-parallel group
                 parameter.data.copy_(value)
             fragment = _stage_3_fragment(engine, parameter, topology.replica)
         else:

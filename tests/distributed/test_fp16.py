@@ -9,7 +9,8 @@ import pytest
 
 from megagpt2.checkpoint.load import open_checkpoint
 from tests.distributed.test_checkpoints import JOB, contents
-from tests.distributed.test_layouts import PP, SP, STEPS, TP, ZERO, adam_and_sgd, rounded_as_one_process_is
+from tests.distributed.test_layouts import PP, SP, TP, ZERO
+from tests.support.parity import STEPS, assert_rounded_as, trained
 from tests.support.train import small_config
 
 FP16 = {"training.precision": "fp16"}
@@ -17,8 +18,8 @@ FP16 = {"training.precision": "fp16"}
 
 @pytest.fixture(scope="module")
 def runs(pool):
-    """One process in fp32 and in fp16."""
-    return [adam_and_sgd(pool, 1, changes) for changes in ({}, FP16)]
+    """Plain torch on one process in fp32 and in fp16."""
+    return [trained(pool, 1, changes, "train_plain") for changes in ({}, FP16)]
 
 
 @pytest.mark.parametrize(
@@ -27,15 +28,15 @@ def runs(pool):
     ids=["tp2-pp2", "pp2-dp2", "dp2-zero2", "tp2-dp2-zero3-sp"],
 )
 def test_fp16_is_as_near_to_fp32_as_one_process_is(pool, runs, ranks, layout):
-    """As for bf16 (test_layouts): 2**-9 are two bits of fp16's eleven."""
-    adam, sgd = adam_and_sgd(pool, ranks, {**FP16, **layout})
-    assert adam[0]["scales"] == [2.0**16] * STEPS and not any(adam[0]["skipped"])
-    rounded_as_one_process_is(adam, sgd, *runs, floor=2.0**-9)
+    """As for bf16 (support/matrix.py): 2**-9 are two bits of fp16's eleven."""
+    found = trained(pool, ranks, {**FP16, **layout})
+    assert found.adam[0]["scales"] == [2.0**16] * STEPS and not any(found.adam[0]["skipped"])
+    assert_rounded_as(found, *runs, floor=2.0**-9)
 
 
 def test_one_process_in_fp16_is_near_fp32(runs):
     """fp16 has ten bits of mantissa: a loss is good to some 2**-10, and it isn't fp32's."""
-    exact, rounded = (run[0][0] for run in runs)
+    exact, rounded = (run.adam[0] for run in runs)
     np.testing.assert_allclose(rounded["losses"], exact["losses"], rtol=2.0**-10)
     assert rounded["losses"] != exact["losses"]
 

@@ -1,0 +1,120 @@
+"""How far a layout's training is from plain torch's on one process: the measures of invariants I1 and I2.
+
+error(T) = max|a - b| / max|b| per tensor. fp32: losses, gradient norms and gradients (read from one step of SGD) within
+1e-5; weights after 5 steps of Adam (eps 1e-5) within 1e-4. The key third of c_attn.bias has gradient zero in exact
+arithmetic (a constant added to all scores of a softmax): there only rounding is left, and Adam turns rounding into
+steps of the learning rate, so |difference| <= 2 lr steps is all that holds.
+
+Parts that two ranks hold are compared bit by bit on the way (I5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from tests.support import plain
+from tests.support.train import error, small_config, train, whole
+
+STEPS = 5
+RATE = 1024.0  # of SGD: so large a step that a weight of 1 does not round its gradient of 1e-3 away
+SGD = {
+    "optimizer.name": "sgd", "optimizer.learning_rate": RATE, "optimizer.clip": 0.0, "optimizer.weight_decay": 0.0,
+}
+
+
+def gradients(parts: list[dict]) -> dict[str, np.ndarray]:
+    """One step of SGD moves every weight by RATE times its gradient."""
+    before, after = whole(parts, "before"), whole(parts, "after")
+    return {name: (before[name] - after[name]) / RATE for name in before}
+
+
+def without_keys(name: str, tensor: np.ndarray) -> np.ndarray:
+    """c_attn.bias without its key third, whose gradient is zero in exact arithmetic; any other tensor as it is."""
+    if not name.endswith("attn.c_attn.bias"):
+        return tensor
+    q, _, v = np.split(tensor, 3)
+    return np.concatenate([q, v])
+
+
+def keys_of(name: str, tensor: np.ndarray) -> np.ndarray:
+    """The key third of c_attn.bias; nothing of any other tensor."""
+    return np.split(tensor, 3)[1] if name.endswith("attn.c_attn.bias") else tensor[:0]
+
+
+def tensor_errors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> dict[str, float]:
+    """I1's measure by name."""
+    assert found.keys() == expected.keys()
+    return {name: error(without_keys(name, found[name]), without_keys(name, expected[name])) for name in expected}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What two short runs of a layout gave: Adam over STEPS steps (`adam`), one step of SGD (`sgd`), by rank."""
+
+    adam: list[dict]
+    sgd: list[dict]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Largest errors of a layout against a reference. `keys`: |difference| of key biases after Adam, absolute."""
+
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+    keys: float
+
+    @classmethod
+    def of(cls, found: Trained, expected: Trained) -> Errors:
+        truth = _reported(expected.adam[0])
+        loss = max(error(_reported(part), truth) for part in found.adam)  # every rank must report the right one
+        norm = max(error(np.array(part["norms"]), np.array(expected.adam[0]["norms"])) for part in found.adam)
+        here, there = whole(found.adam, "after"), whole(expected.adam, "after")
+        keys = max(float(np.abs(keys_of(n, here[n]) - keys_of(n, there[n])).max(initial=0.0)) for n in there)
+        gradient = tensor_errors(gradients(found.sgd), gradients(expected.sgd))
+        return cls(loss, norm, max(gradient.values()), max(tensor_errors(here, there).values()), keys)
+
+
+def assert_exact(errors: Errors) -> None:
+    """Invariant I1."""
+    rate = small_config().optimizer.learning_rate
+    limits = {"loss": 1e-5, "norm": 1e-5, "gradient": 1e-5, "weight": 1e-4, "keys": 2 * rate * STEPS}
+    over = {name: value for name, value in asdict(errors).items() if not value <= limits[name]}
+    assert not over, f"over I1's limits {limits}: {over}"
+
+
+def assert_rounded_as(found: Trained, exact: Trained, rounded: Trained, floor: float) -> None:
+    """Invariant I2: a layout's low precision differs from fp32 (`exact`) by what one process's does (`rounded`).
+
+    Rounding errors of the two are different draws: twice is allowed, and no tensor is held to less than `floor`.
+    """
+    truth = _reported(exact.adam[0])
+    rounding = np.abs(_reported(rounded.adam[0]) - truth).max()
+    for part in found.adam:
+        assert np.abs(_reported(part) - truth).max() <= 2 * rounding + 2e-4
+    expected = gradients(exact.sgd)
+    one, here = (tensor_errors(gradients(run.sgd), expected) for run in (rounded, found))
+    wrong = {name: (here[name], one[name]) for name in one if not here[name] <= max(2 * one[name], floor)}
+    assert not wrong, f"(error, one process's error) of gradients: {wrong}"
+
+
+def _reported(part: dict) -> np.ndarray:
+    return np.array([*part["losses"], part["validation"]])
+
+
+def train_both(changes: dict) -> tuple[dict, dict]:
+    """A job for the pool: Adam and SGD on this rank."""
+    return train(changes, STEPS), train({**changes, **SGD}, 1)
+
+
+def train_plain(changes: dict) -> tuple[dict, dict]:
+    """A job for the pool, on one rank: the same in plain torch."""
+    return plain.train(changes, STEPS), plain.train({**changes, **SGD}, 1)
+
+
+def trained(pool, ranks: int, changes: dict, job: str = "train_both") -> Trained:
+    answers = pool.run(f"tests.support.parity:{job}", ranks, changes=changes)
+    return Trained([adam for adam, _ in answers], [sgd for _, sgd in answers])

@@ -1,0 +1,108 @@
+"""Train the small model on every legal layout, and tabulate how far each is from plain torch on one process.
+
+    python tools/bench/layouts.py                                     all of them: some 20 minutes on two cores
+    python tools/bench/layouts.py --pairwise                          a few that hold every pair of choices
+    python tools/bench/layouts.py --update docs/measurements.md       and write the table there
+    python tools/bench/layouts.py --precision fp32 --ranks 1 2
+
+The model has 4 layers, 5 heads and dropout 0.1; the layouts are those that rules.py allows on up to 4 ranks. Errors are
+max|a - b| / max|b| per tensor, the largest of all tensors, against plain torch in fp32 (tests/support/parity.py says
+more). Exit code 1 if a layout is over invariant I1's limits (fp32) or I2's (bf16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.matrix import all_layouts, check_layout, pairwise_cover, references  # noqa: E402
+from tests.support.parity import Errors  # noqa: E402
+from tests.support.pool import Pool  # noqa: E402
+
+BEGIN, END = "<!-- layouts: begin -->", "<!-- layouts: end -->"
+
+
+def markdown(rows: dict[str, dict[str, Errors]], plain: Errors, seconds: float) -> str:
+    """One line a layout: fp32's and bf16's errors beside each other."""
+    worst = {
+        precision: Errors(*(max(values) for values in zip(*map(astuple, having), strict=True)))
+        for precision in ("fp32", "bf16") if (having := [row[precision] for row in rows.values() if precision in row])
+    }
+    lines = [
+        f"{len(rows)} layouts in {seconds / 60:.0f} minutes on {platform.machine()}, torch {torch.__version__}. Plain"
+        f" torch's own bf16 is {plain.loss:.1e} (loss) and {plain.gradient:.1e} (gradients) from its fp32.",
+        "",
+        "| layout | fp32: loss | gradient norm | gradients | weights after 5 steps | bf16: loss | gradients |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in {**rows, "**largest**": worst}.items():
+        exact, rounded = row.get("fp32"), row.get("bf16")
+        cells = [f"{e:.1e}" for e in (exact.loss, exact.norm, exact.gradient, exact.weight)] if exact else [""] * 4
+        cells += [f"{e:.1e}" for e in (rounded.loss, rounded.gradient)] if rounded else [""] * 2
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def replace_section(path: Path, text: str) -> None:
+    """Put text between the two markers of a file."""
+    old = path.read_text(encoding="utf-8")
+    before, begin, rest = old.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    temporary.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2, 3, 4), default=[1, 2, 4], metavar="N")
+    parser.add_argument("--pairwise", action="store_true", help="only the cover that the fast tests run")
+    parser.add_argument("--update", type=Path, metavar="FILE", help=f"write the table between {BEGIN} and {END}")
+    arguments = parser.parse_args()
+    if arguments.update and not all(mark in arguments.update.read_text("utf-8") for mark in (BEGIN, END)):
+        print(f"layouts: {arguments.update} lacks {BEGIN} and {END}: name a file that has them", file=sys.stderr)
+        return 2
+    plans = all_layouts(arguments.precision, arguments.ranks)
+    if arguments.pairwise:
+        plans = pairwise_cover(plans)
+    console, begin = Console(highlight=False, soft_wrap=True), time.monotonic()
+    pool, failed = Pool(max(plan.world_size for plan in plans)), 0
+    rows: dict[str, dict[str, Errors]] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        reference = references(pool)
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("layouts", total=len(plans))
+            for plan in plans:
+                progress.update(task, description=f"{plan.name} {plan.precision}")
+                try:
+                    rows.setdefault(plan.name, {})[plan.precision] = check_layout(pool, plan, reference)
+                except AssertionError as error:
+                    failed += 1
+                    console.print(f"{plan.name} in {plan.precision}: {error}", markup=False)
+                progress.advance(task)
+    finally:
+        pool.stop()
+    text = markdown(rows, Errors.of(reference["bf16"], reference["fp32"]), time.monotonic() - begin)
+    console.print(text, markup=False)
+    if arguments.update and not failed:
+        replace_section(arguments.update, text)
+    if failed:
+        print(f"layouts: {failed} of {len(plans)} are over the limits", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
