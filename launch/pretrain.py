@@ -48,6 +48,7 @@ from megagpt2.training.engine import Engine, build_engine
 from megagpt2.training.inference import next_logits
 from megagpt2.training.loop import Hooks, Loop, Progress
 from megagpt2.training.monitor import JsonLines, Monitor, TensorBoard
+from megagpt2.training.replicas import ReplicasDiffer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 _PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others in one collective
@@ -57,6 +58,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="a YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="e.g. batch.micro_batch=4")
+    parser.add_argument(
+        "--check-replicas", type=int, metavar="N", help="every N steps compare what ranks hold alike, bit by bit"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
     return parser.parse_intermixed_args(argv)
 
@@ -218,7 +222,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         environment = detect(os.environ, sys.argv)
         rank = environment.rank
-        config = load_config(arguments.config, arguments.overrides)
+        overrides = list(arguments.overrides)
+        if arguments.check_replicas is not None:
+            overrides.append(f"training.check_replicas={arguments.check_replicas}")
+        config = load_config(arguments.config, overrides)
         facts = Facts.detect(environment.world_size, config.training.device)
         plan = check(config, facts)
         material = open_material(config, plan)
@@ -227,6 +234,11 @@ def main(argv: list[str] | None = None) -> int:
         if facts.device == "cuda":
             choose_gpu(environment)
         return train(config, plan, material, environment, facts.device)
+    except ReplicasDiffer as error:  # on every rank
+        if rank == 0:
+            print(f"megagpt2: {error}", file=sys.stderr, flush=True)
+        dist.barrier()
+        return 1
     except (ConfigError, store.CheckpointError, ValueError) as error:
         if not isinstance(error, (ConfigError, store.CheckpointError)) and dist.is_initialized():
             raise  # not the user's request: show where it came from

@@ -233,9 +233,13 @@ class TrainingConfig(Section):
     seed: NonNegative = 1234
     """Decides initial weights, data order and dropout."""
     initial_loss_scale: Positive = 2**16
-    """fp16: the first loss scale, a power of two; it never falls below 1."""
+    """fp16: the first loss scale, a power of two. Every overflow halves it, down to 1."""
     loss_scale_window: Positive = 1000
     """fp16: steps without overflow after which the loss scale doubles."""
+    check_replicas: NonNegative = 0
+    """Every so many steps compare checksums of all parameters that several ranks hold (replicas, norms under tensor
+    parallelism, the tied embedding), and stop, naming rank and parameter, if their bits differ; 0 never does.
+    `launch/pretrain.py --check-replicas N` sets it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: cuda where there is one, else cpu."""
 

@@ -56,6 +56,10 @@ class Topology:
     def last_stage(self) -> bool:
         return self.stage == self.pipeline - 1
 
+    def place_of(self, rank: int) -> Topology:
+        """The same grid seen from another rank, without groups."""
+        return Topology(self.tensor, self.pipeline, self.data, rank)
+
     def rank_at(self, stage: int, replica: int, shard: int) -> int:
         return (stage * self.data + replica) * self.tensor + shard
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from megagpt2.data.batches import Batches
 from megagpt2.planning import time as planned_time
 from megagpt2.training.engine import Engine, agree_any
 from megagpt2.training.monitor import Monitor, StepRow, ValidationRow
+from megagpt2.training.overflow import describe
+from megagpt2.training.replicas import ReplicasDiffer, check_replicas
 from megagpt2.training.schedule import learning_rate
 from megagpt2.training.step import StepResult, TrainStep
 from megagpt2.training.watchdog import STOP_AND_RESUME, StopSignals
@@ -66,6 +69,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.config: Config = self.engine.config
         self.step = TrainStep(self.engine)
+        self._checked = False
         self._saved_step = self.progress.step if self.progress.step else -1
 
     def run(self) -> int:
@@ -76,6 +80,9 @@ class Loop:
                 self.validate()
             while self.progress.step < self.config.training.steps:
                 self._one_step()
+                every = self.config.training.check_replicas
+                if every and self.progress.step % every == 0:  # before anything of this state is saved
+                    self._check_replicas()
                 if agree_any(signals.received is not None, self.engine.device):
                     self.monitor.event(self.progress.step, f"stopping on {signals.received or 'another rank'}")
                     self.save()
@@ -97,6 +104,8 @@ class Loop:
         )
         batches = self.train.global_batch(self.progress.samples_seen, size)
         result = self.step(batches, count, rate)
+        if result.skipped:
+            self._tell_overflow(result)
         self.progress = self.progress.after(result, size)
         self.monitor.step(self._row(result, size, rate))
         self.skipped = self.skipped + 1 if result.skipped else 0
@@ -105,6 +114,15 @@ class Loop:
                 f"the last {_MOST_SKIPPED} steps had gradients that are not finite and changed nothing: resume from an"
                 " earlier checkpoint with a smaller optimizer.learning_rate"
             )
+
+    def _tell_overflow(self, result: StepResult) -> None:
+        plan = self.engine.plan
+        where = describe(list(result.overflows), self.progress.samples_seen, plan.micro_batch, plan.data)
+        self.monitor.event(
+            self.progress.step + 1,
+            f"skipped: a gradient overflowed at loss scale {result.loss_scale:.0f}, {where}. Weights and learning rate"
+            f" stay as they are, the next loss scale is {self.engine.loss_scale:.0f}",
+        )
 
     def _row(self, result: StepResult, size: int, rate: float) -> StepRow:
         length = self.config.sequence_length
@@ -125,6 +143,21 @@ class Loop:
         if self.engine.device.type != "cuda":
             return None  # a rank is a share of a processor here: there is no peak to compare it with
         return planned_time.peak_tflops(torch.cuda.get_device_name(self.engine.device))
+
+    def _check_replicas(self) -> None:
+        """Raises ReplicasDiffer. What it costs is told once."""
+        begin = time.perf_counter()
+        try:
+            compared = check_replicas(self.engine.module, self.engine.topology)
+        except ReplicasDiffer as error:
+            self.monitor.event(self.progress.step, str(error))
+            raise
+        if not self._checked:
+            seconds = time.perf_counter() - begin
+            self.monitor.event(
+                self.progress.step, f"replicas agree: {compared} parameters of rank 0 compared in {seconds:.3f} s"
+            )
+        self._checked = True
 
     def _every_so_often(self) -> None:
         step, config = self.progress.step, self.config

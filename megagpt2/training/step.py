@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megagpt2.data.batches import MicroBatch
 from megagpt2.training.engine import Engine
+from megagpt2.training.overflow import Overflow, OverflowWatch, gather
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class StepResult:
     gradient_norm: float
     skipped: bool
     loss_scale: float | None
+    overflows: tuple[Overflow, ...]  # fp16: of a skipped step, from every rank
     seconds_data: float
     seconds_forward_backward: float
     seconds_optimizer: float
@@ -61,6 +63,7 @@ class TrainStep:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.pipeline = engine.topology.pipeline > 1
+        self.watch = OverflowWatch(engine.module) if engine.plan.precision == "fp16" else None
 
     def __call__(self, batches: Iterable[MicroBatch], micro_batches: int, learning_rate: float) -> StepResult:
         """batches: this replica's micro-batches of one global batch, `micro_batches` of them."""
@@ -68,14 +71,21 @@ class TrainStep:
         begin = clock.now()
         engine.set_learning_rate(learning_rate)
         skipped_before, loss_scale = engine.deepspeed.skipped_steps, engine.loss_scale
+        if self.watch:
+            self.watch.begin(micro_batches)
         run = self._pipeline_step if self.pipeline else self._plain_step
         loss = run(clock.reading(batches), micro_batches, clock)
         seconds = clock.now() - begin
+        skipped = engine.deepspeed.skipped_steps > skipped_before
+        overflows = ()
+        if skipped and self.watch:
+            overflows = tuple(gather(self.watch.first(engine.topology), engine.topology, engine.device))
         return StepResult(
             loss=loss,
             gradient_norm=engine.gradient_norm,
-            skipped=engine.deepspeed.skipped_steps > skipped_before,
+            skipped=skipped,
             loss_scale=loss_scale,
+            overflows=overflows,
             seconds_data=clock.data,
             seconds_forward_backward=seconds - clock.data - clock.optimizer,
             seconds_optimizer=clock.optimizer,

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from megagpt2.checkpoint.load import open_checkpoint
+from megagpt2.training.overflow import describe
 from tests.distributed.test_checkpoints import JOB, contents
 from tests.distributed.test_layouts import PP, SP, TP, ZERO
 from tests.support.parity import STEPS, assert_rounded_as, trained
 from tests.support.train import small_config
 
 FP16 = {"training.precision": "fp16"}
+SCALE = "training.initial_loss_scale"
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +57,48 @@ def test_a_scale_that_overflowed_is_remembered(pool, tmp_path, ranks, layout):
     assert first["losses"] + second["losses"] == straight["losses"]
     one, other = contents(Path(straight["saved"])), contents(Path(second["saved"]))
     assert all((other[key] == tensor).all() for key, tensor in one.items())
+
+
+WARM = {"schedule.name": "linear", "schedule.warmup_steps": 4, "schedule.decay_steps": 100}  # each step another rate
+
+
+@pytest.mark.parametrize(
+    "ranks, layout, rank, place",
+    [
+        (1, {}, 0, "rank 0 (stage 0, replica 0, shard 0), samples 14 to 15"),
+        (4, {PP: 2, SCALE: 1024}, 3, "rank 3 (stage 1, replica 1, shard 0), samples 14 to 15"),
+        (2, {ZERO: 2}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
+        (2, {ZERO: 3}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
+    ],
+    ids=["one", "pp2-dp2", "dp2-zero2", "dp2-zero3"],
+)
+def test_an_overflow_is_skipped_and_named(pool, ranks, layout, rank, place):
+    """An Inf in the last micro-batch of the second step: it changes nothing, and the record says where it arose."""
+    changes = {**FP16, **WARM, "batch.micro_batch": 2, **layout}
+    replicas = ranks // layout.get(PP, 1)
+    calls = 8 // (2 * replicas)  # of a layer in a step
+    answers = pool.run(
+        "tests.support.overflow:run", ranks, changes=changes, steps=4, layer=2, rank=rank, call=2 * calls - 1
+    )
+    scale = float(layout.get(SCALE, 2**16))
+    for answer in answers:
+        skipped, scales, rates, samples = zip(*answer["rows"], strict=True)
+        assert skipped == (False, True, False, False)
+        assert answer["moved"] == [True, False, True, True] and answer["updates"] == 3
+        assert scales == (scale, scale, scale / 2, scale / 2)
+        assert rates[0] < rates[1] == rates[2] < rates[3]  # frozen by the skipped step
+        assert samples == (8, 16, 24, 32)  # which has used its samples up
+        (step, message), = answer["events"]
+        assert step == 2
+        assert f"overflowed at loss scale {scale:.0f}, first in h.2.mlp.c_fc.bias on {place}" in message
+        assert f"the next loss scale is {scale / 2:.0f}" in message
+
+
+def test_a_sum_of_replicas_that_overflows_is_not_laid_to_one_of_them():
+    assert describe([], 0, 1, 2) == "every rank's own gradients were finite: it arose in their sum"
+
+
+def test_an_overflow_at_the_smallest_scale_is_a_skipped_step_too(pool):
+    changes = {**FP16, "training.initial_loss_scale": 1}
+    answer = pool.run("tests.support.overflow:run", 1, changes=changes, steps=2, layer=0, rank=0, call=0)[0]
+    assert [row[:2] for row in answer["rows"]] == [(True, 1.0), (False, 1.0)]

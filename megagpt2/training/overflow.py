@@ -1,0 +1,106 @@
+"""fp16: where a gradient overflowed. DeepSpeed's scaler says only that some gradient of some rank did.
+
+Every gradient's largest value is noted on the device when backward makes it, before replicas are averaged: afterwards
+an Inf is in all of them. Nothing waits for the device unless a step was skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megagpt2.model.parameters import specified
+from megagpt2.parallel.topology import Topology
+
+_NAME_BYTES = 96
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """The first gradient of a step that was not finite on one rank, in the order in which backward makes them."""
+
+    rank: int
+    stage: int
+    replica: int
+    shard: int
+    micro_batch: int  # of this replica, from 0
+    parameter: str
+
+
+class OverflowWatch:
+    """Notes each gradient's largest magnitude, by micro-batch and parameter."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = list(specified(module))
+        self._handles = [p.register_hook(partial(self._note, index)) for index, p in enumerate(self._parameters)]
+        self.begin(1)
+
+    def begin(self, micro_batches: int) -> None:
+        """A step of that many micro-batches follows."""
+        device = self._parameters[0].device
+        self._largest = torch.zeros(micro_batches, len(self._parameters), device=device)
+        self._made = [0] * len(self._parameters)  # gradients of this step: the pipeline runs backward in order
+
+    def _note(self, index: int, gradient: Tensor) -> None:
+        micro_batch = self._made[index]
+        self._made[index] += 1
+        if gradient.numel():
+            self._largest[micro_batch, index] = torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
+
+    def first(self, topology: Topology) -> Overflow | None:
+        """This rank's first overflow, None if all of its gradients were finite."""
+        wrong = ~self._largest.isfinite().cpu()
+        if not wrong.any():
+            return None
+        micro_batch = int(wrong.any(dim=1).nonzero()[0])
+        index = int(wrong[micro_batch].nonzero()[-1])  # backward goes from the last layer to the first
+        return Overflow(
+            topology.rank, topology.stage, topology.replica, topology.shard, micro_batch,
+            self._parameters[index].spec.name,
+        )
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def gather(found: Overflow | None, topology: Topology, device: torch.device) -> list[Overflow]:
+    """Every rank's first overflow, on every rank; ranks without one are left out. A collective call."""
+    mine = torch.zeros(8 + _NAME_BYTES, dtype=torch.uint8)
+    if found is not None:
+        name = found.parameter.encode()[:_NAME_BYTES]
+        mine[:8] = torch.tensor([found.micro_batch + 1]).view(torch.uint8)  # 0: none
+        mine[8 : 8 + len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+    mine = mine.to(device)
+    every = [torch.empty_like(mine) for _ in range(topology.world_size)]
+    if topology.world_size > 1:
+        dist.all_gather(every, mine)
+    else:
+        every = [mine]
+    overflows = []
+    for rank, row in enumerate(every):
+        row = row.cpu()
+        count = int(row[:8].clone().view(torch.int64))
+        if count:
+            place = topology.place_of(rank)
+            name = bytes(row[8:].tolist()).rstrip(b"\0").decode()
+            overflows.append(Overflow(rank, place.stage, place.replica, place.shard, count - 1, name))
+    return overflows
+
+
+def describe(overflows: list[Overflow], samples_seen: int, micro_batch: int, replicas: int) -> str:
+    """Which rank, layer and samples: for people. The step began after `samples_seen` samples."""
+    if not overflows:
+        return "every rank's own gradients were finite: it arose in their sum"
+    first = min(overflows, key=lambda found: (found.micro_batch, -found.stage, found.rank))
+    begin = samples_seen + (first.micro_batch * replicas + first.replica) * micro_batch
+    text = (
+        f"first in {first.parameter} on rank {first.rank} (stage {first.stage}, replica {first.replica}, shard"
+        f" {first.shard}), samples {begin} to {begin + micro_batch - 1}"
+    )
+    others = [str(found.rank) for found in overflows if found.rank != first.rank]
+    return text + (f"; also on rank{'s' * (len(others) > 1)} {', '.join(others)}" if others else "")
