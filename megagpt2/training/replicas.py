@@ -61,8 +61,8 @@ def _listed(ranks) -> str:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Two int64 that any changed bit changes, the same in every order of summation: sums of the elements' bits, weighted
-    by their row and by their column in rows of 1024."""
+    """Two int64 that any changed bit changes, the same in every order of summation: sums of the elements' bits,
+    weighted by their row and by their column in rows of 1024."""
     if not tensor.numel():
         return torch.zeros(2, dtype=torch.int64, device=tensor.device)
     words = tensor.detach().contiguous().flatten().view(_INTEGER[tensor.element_size()])
