@@ -85,8 +85,8 @@ COSTS = st.integers(0, 9).map(float)  # whole numbers: their sums are exact, and
 # The evenest first stages are not part of the evenest whole.
 @example([], [7.0, 4.0, 4.0, 8.0, 0.0, 1.0, 9.0], [], 5)
 def test_cuts_are_optimal(before, blocks, after, stages):
-    """Against all legal cuts: the slowest stage is as fast as can be, of those the squares sum up to least, and of those
-    the cuts come latest, from the first on: more blocks in earlier stages."""
+    """Against all legal cuts: the slowest stage is as fast as can be, of those the squares sum up to least, and of
+    those the cuts come latest, from the first on: more blocks in earlier stages."""
     costs = [*before, *blocks, *after]
     first, last = len(before), len(before) + len(blocks) - 1
     if stages > len(blocks):
