@@ -37,10 +37,10 @@ from megagpt2.data.indexed import IndexedCorpus
 from megagpt2.data.order import Order
 from megagpt2.data.tokenizer import Tokenizer
 from megagpt2.generation.sampling import Sampling, generate
-from megagpt2.model.gpt2 import layer_plans
 from megagpt2.parallel.launch import RankEnvironment, detect, export
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import build_topology
+from megagpt2.planning.stages import stage_shares
 from megagpt2.run.material import Material, check_directory, claim_directory, open_material
 from megagpt2.run.resume import agree_on_checkpoint, agree_on_request, load_state, on_rank_0, snapshot
 from megagpt2.training.console import Console
@@ -108,9 +108,7 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
         "run": str(config.run.directory),
     }
     if engine.bounds:
-        names = [layer.name for layer in layer_plans(model)]
-        stages = [names[a:b] for a, b in zip(engine.bounds[:-1], engine.bounds[1:], strict=True)]
-        rows["stages"] = "; ".join(f"{stage[0]} .. {stage[-1]}" for stage in stages)
+        rows["stages"] = "; ".join(map(str, stage_shares(model, config.sequence_length, engine.bounds)))
     return rows
 
 

@@ -72,13 +72,17 @@ def dump_config(config: Config) -> str:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write `dump_config` atomically: a reader sees the old file or the new one, never a part."""
-    path = Path(path)
+    """Write `dump_config` atomically."""
+    write_atomically(Path(path), dump_config(config))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(dump_config(config))
+            file.write(text)
             file.flush()
             os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide the run from the rest of the group
             os.fsync(file.fileno())

@@ -3,15 +3,14 @@ Narayanan et al. 2021 for the 1F1B schedule that DeepSpeed runs).
 
     stage 0: wte wpe h.0 h.1   ->   stage 1: h.2 h.3 h.4   ->   stage 2: h.5 h.6 ln_f head (wte again)
 
-The first and the last stage both hold wte; `reduce_tied_gradients` keeps their copies equal.
+The first and the last stage both hold wte; `reduce_tied_gradients` keeps their copies equal. Where the list is cut is
+decided in stages.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import math
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -24,48 +23,6 @@ from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import Topology
 
 TIED = "embedding"
-
-
-def balanced_bounds(costs: list[float], stages: int, first_block: int, last_block: int) -> list[int]:
-    """Cut a list of layers into stages of equal time: [0, ..., len(costs)], stage s is [bounds[s], bounds[s + 1]).
-
-    Layers first_block .. last_block are the blocks; what precedes them stays in the first stage, what follows
-    (norm, head) in the last, and every stage gets a block. Minimizes the slowest stage, then the sum of
-    squares, by dynamic programming.
-    """
-    blocks = last_block - first_block + 1
-    if blocks < stages:
-        raise ValueError(f"{blocks} blocks can't fill {stages} pipeline stages: at most {blocks} stages")
-    prefix = [0.0]
-    for cost in costs:
-        prefix.append(prefix[-1] + cost)
-    edge = [0, *range(first_block + 1, last_block + 1), len(costs)]  # where a cut may be; edge[i]: after i blocks
-
-    def time(before: int, done: int) -> float:
-        return prefix[edge[done]] - prefix[edge[before]]
-
-    @cache
-    def slowest(count: int, done: int) -> float:
-        """The least time of the slowest of `count` stages that share the first `done` blocks."""
-        if count == 1:
-            return time(0, done)
-        return min(max(slowest(count - 1, before), time(before, done)) for before in range(count - 1, done))
-
-    limit = slowest(stages, blocks)
-
-    @cache
-    def evenest(count: int, done: int) -> tuple[float, tuple[int, ...]]:
-        """(least sum of squares, cuts) of the first `done` blocks in `count` stages, none over the limit."""
-        if count == 0:
-            return 0.0, ()
-        options = []
-        for before in range(count - 1, done) if count > 1 else [0]:
-            squares, cuts = evenest(count - 1, before)
-            last = time(before, done)
-            options.append((squares + last * last if last <= limit else math.inf, (*cuts, edge[done])))
-        return min(options)
-
-    return [0, *evenest(stages, blocks)[1]]
 
 
 class _PlannedLayer(deepspeed.pipe.LayerSpec):

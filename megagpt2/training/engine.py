@@ -25,11 +25,11 @@ from torch import nn
 from megagpt2.config.rules import Plan
 from megagpt2.config.schema import Config
 from megagpt2.model.gpt2 import GPT2, layer_plans
-from megagpt2.parallel.pipeline import Pipeline, adapt_engine, balanced_bounds
+from megagpt2.parallel.pipeline import Pipeline, adapt_engine
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.tensor import builder_for
 from megagpt2.parallel.topology import ModelParallelUnit, Topology
-from megagpt2.planning.time import layer_costs
+from megagpt2.planning.stages import stage_bounds
 from megagpt2.training.optimizer import build_optimizer
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -129,8 +129,7 @@ def _construct(config: Config, topology: Topology) -> tuple[nn.Module, list[int]
     recompute = config.parallel.activation_checkpointing
     if topology.pipeline == 1:
         return GPT2(config.model, builder, recompute), None
-    costs = layer_costs(config.model, config.sequence_length)
-    bounds = balanced_bounds(costs, topology.pipeline, 2, 1 + config.model.layers)
+    bounds = stage_bounds(config.model, config.sequence_length, topology.pipeline)
     return Pipeline(layer_plans(config.model, recompute), bounds, builder, topology), bounds
 
 

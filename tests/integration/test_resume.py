@@ -6,6 +6,7 @@ can make, and the uninterrupted one is started afterwards, as long as the resume
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -263,3 +264,14 @@ def test_a_ramped_step_is_the_mean_over_all_its_samples(ramped, engine):
     """Were a micro-batch left out, or weighted as before the rise, losses would leave plain torch's."""
     config = ramped[engine]
     assert losses(config.run.directory) == pytest.approx(plain_torch(config), rel=1e-5)
+
+
+def test_a_pipelines_stages_are_told_at_the_start(ramped):
+    """With their blocks and their share of the time; a run without a pipeline has none."""
+    found = {}
+    for engine, config in ramped.items():
+        lines = (config.run.directory / "log.jsonl").read_text().splitlines()
+        [header] = [row["header"] for row in map(json.loads, lines) if "header" in row]
+        found[engine] = header.get("stages")
+    # Forward FLOPs a token: a block 24 w^2 + 2 w s = 26,624, the head 2 w V = 19,200.
+    assert found == {"plain": None, "pipeline": "wte .. h.0 (1 block, 36.7 %); h.1 .. head (1 block, 63.3 %)"}

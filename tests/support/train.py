@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from megagpt2.config.schema import Config
 from megagpt2.data.batches import Batches
 from megagpt2.data.order import Order
 from megagpt2.model.initialize import initial_value
-from megagpt2.model.parameters import Spec
+from megagpt2.model.parameters import Spec, specified
 from megagpt2.parallel.topology import Topology, build_topology
 from megagpt2.training.engine import Engine, build_engine
 from megagpt2.training.masters import local_weights as engine_weights
@@ -84,6 +85,41 @@ def train(changes: dict, steps: int) -> dict:
     }
     engine.close()
     return answer
+
+
+def state_bytes(changes: dict) -> dict:
+    """Bytes of all floating-point tensors that an engine brought into this process, in the middle of an accumulation
+    (all states are there, activations are not), and what describes this rank's part."""
+    before = _storages()
+    engine, step, batches = start(small_config(**changes))
+    size = engine.config.batch.global_batch
+    step(batches.global_batch(0, size), engine.plan.accumulation, 1e-3)  # the moments exist after a step
+    engine.deepspeed.set_gradient_accumulation_boundary(False)
+    for tokens, targets, samples in list(batches.global_batch(size, size))[:2]:
+        engine.deepspeed.backward(engine.deepspeed(tokens, samples, targets))
+    found = {storage: size for storage, size in _storages().items() if storage not in before}
+    sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in specified(engine.module)]
+    answer = {"bytes": sum(found.values()), "sizes": sizes, "plan": engine.plan}
+    engine.close()
+    return answer
+
+
+def held(changes: dict) -> dict:
+    """The parameters that training builds on this rank: name -> shape of the local tensor."""
+    engine, *_ = start(small_config(**changes))
+    answer = {p.spec.name: tuple(p.shape) for p in specified(engine.module)}
+    where = place(engine.topology)
+    engine.close()
+    return {"parameters": answer, "place": where}
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of every CPU storage that a floating-point tensor of this process stands in, by its address."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu" and t.is_floating_point()]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def place(topology: Topology) -> tuple[int, int, int]:

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt2.config.schema import ModelConfig
 from megagpt2.model.gpt2 import layer_plans
-from megagpt2.parallel.pipeline import balanced_bounds
+from megagpt2.parallel.stages import balanced_bounds
+from megagpt2.planning.stages import stage_bounds, stage_shares
 from megagpt2.planning.time import head_flops, layer_costs, model_tflops, peak_tflops, token_flops
 from tests.support.models import dense_model, dropped, model_config, random_tokens
 
@@ -81,9 +82,11 @@ COSTS = st.integers(0, 9).map(float)  # whole numbers: their sums are exact, and
 @given(
     st.lists(COSTS, max_size=2), st.lists(COSTS, min_size=1, max_size=9), st.lists(COSTS, max_size=2), st.integers(1, 5)
 )
-@example([], [7.0, 4.0, 4.0, 8.0, 0.0, 1.0, 9.0], [], 5)  # the evenest first stages are not part of the evenest whole
+# The evenest first stages are not part of the evenest whole.
+@example([], [7.0, 4.0, 4.0, 8.0, 0.0, 1.0, 9.0], [], 5)
 def test_cuts_are_optimal(before, blocks, after, stages):
-    """Against all legal cuts: the slowest stage is as fast as can be, and of those the squares sum up to least."""
+    """Against all legal cuts: the slowest stage is as fast as can be, of those the squares sum up to least, and of
+    those the cuts come latest, from the first on: more blocks in earlier stages."""
     costs = [*before, *blocks, *after]
     first, last = len(before), len(before) + len(blocks) - 1
     if stages > len(blocks):
@@ -91,34 +94,49 @@ def test_cuts_are_optimal(before, blocks, after, stages):
             balanced_bounds(costs, stages, first, last)
         return
 
-    def judge(bounds: list[int]) -> tuple[float, float]:
+    def judge(bounds: list[int]) -> tuple[float, float, list[int]]:
         times = stage_times(costs, bounds)
-        return max(times), sum(time * time for time in times)
+        return max(times), sum(time * time for time in times), [-cut for cut in bounds]
 
     bounds = balanced_bounds(costs, stages, first, last)
     assert bounds in list(legal_bounds(len(costs), first, last, stages))
     assert judge(bounds) == min(judge(other) for other in legal_bounds(len(costs), first, last, stages))
 
 
+@given(st.lists(COSTS, min_size=2, max_size=8), st.integers(1, 4))
+def test_the_unit_of_cost_changes_no_cut(blocks, stages):
+    """Sums of 0.1 are inexact, and equal cuts would differ by rounding: they are compared exactly."""
+    stages = min(stages, len(blocks))
+    cut = balanced_bounds([2.0**-60 * cost for cost in blocks], stages, 0, len(blocks) - 1)
+    assert cut == balanced_bounds(blocks, stages, 0, len(blocks) - 1)
+    assert balanced_bounds([0.1] * 7, 4, 0, 6) == [0, 2, 4, 6, 7]
+
+
 @pytest.mark.parametrize(
     ("layers", "width", "heads", "stages", "blocks"),
     [
-        (48, 1600, 25, 4, [12, 13, 13, 10]),  # the head takes 2.5 blocks' time: three fewer in its stage
+        (48, 1600, 25, 4, [13, 13, 12, 10]),  # the head takes 2.5 blocks' time: about as many fewer in its stage
         (48, 1600, 25, 1, [48]),
         (12, 768, 12, 4, [4, 4, 3, 1]),  # and 5 blocks' time in a small model
         (12, 768, 12, 12, [1] * 12),
     ],
 )
 def test_gpt2_stages(layers, width, heads, stages, blocks):
-    """Equal blocks in another order are as good: only the last stage's number is certain."""
     config = ModelConfig(layers=layers, width=width, heads=heads)
-    bounds = balanced_bounds(layer_costs(config, 1024), stages, 2, layers + 1)
-    names = [plan.name for plan in layer_plans(config)]
-    counts = [
-        sum(name.startswith("h.") for name in names[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
-    assert sorted(counts[:-1]) == sorted(blocks[:-1])
-    assert counts[-1] == blocks[-1]
+    shares = stage_shares(config, 1024, stage_bounds(config, 1024, stages))
+    assert [share.blocks for share in shares] == blocks
+    assert sum((share.names for share in shares), ()) == tuple(plan.name for plan in layer_plans(config))
+    assert sum(share.share for share in shares) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_stage_is_shown_with_its_share():
+    """13 of 48 + 2.485 blocks' time are 25.75 %, 10 + 2.485 are 24.73 %."""
+    config = ModelConfig(layers=48, width=1600, heads=25)
+    first, *_, last = map(str, stage_shares(config, 1024, stage_bounds(config, 1024, 4)))
+    assert first == "wte .. h.12 (13 blocks, 25.8 %)"
+    assert last == "h.38 .. head (10 blocks, 24.7 %)"
+    small = stage_shares(model_config(layers=2), 16, [0, 3, 6])
+    assert str(small[0]).startswith("wte .. h.0 (1 block, ")
 
 
 @pytest.mark.parametrize(
