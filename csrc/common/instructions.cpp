@@ -5,13 +5,27 @@
 
 #include <c10/util/Exception.h>
 
+#ifdef MEGAGPT2_X86
+#include <cpuid.h>
+#endif
+
 namespace megagpt2 {
 namespace {
 
+#ifdef MEGAGPT2_X86
+// Conversion of fp16: every processor with AVX2 is known to have it, a virtual machine may hide it. Asked of the
+// processor itself, since GCC 10 has no name for it.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 Instructions best() {
 #ifdef MEGAGPT2_X86
-  if (__builtin_cpu_supports("avx512f")) return Instructions::avx512;
-  if (__builtin_cpu_supports("avx2")) return Instructions::avx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
+  if (avx2 && __builtin_cpu_supports("avx512f")) return Instructions::avx512;
+  if (avx2) return Instructions::avx2;
 #endif
   return Instructions::portable;
 }

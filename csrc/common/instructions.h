@@ -3,7 +3,7 @@
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define MEGAGPT2_X86 1
-#define MEGAGPT2_AVX2 __attribute__((target("avx2")))
+#define MEGAGPT2_AVX2 __attribute__((target("avx2,f16c")))
 #define MEGAGPT2_AVX512 __attribute__((target("avx512f")))
 #endif
 

@@ -1,4 +1,4 @@
-// Dropout whose mask is drawn in registers, never stored: y = x / (1 - p) where the element's bits are at least
+// Dropout whose mask is drawn tile by tile, never stored: y = x / (1 - p) where the element's bits are at least
 // p * 2**32, else 0. The gradient is the same operator on the gradient. megagpt2/kernels/dropout.py is the reference.
 #pragma once
 

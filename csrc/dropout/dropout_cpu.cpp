@@ -9,6 +9,10 @@
 #include "common/instructions.h"
 #include "philox/philox_cpu.h"
 
+#ifdef MEGAGPT2_X86
+#include <immintrin.h>
+#endif
+
 namespace megagpt2 {
 namespace {
 
@@ -57,6 +61,24 @@ MEGAGPT2_AVX2 void keep_avx2(
     at::opmath_type<scalar_t> scale) {
   keep(x, y, words, n, threshold, scale);
 }
+
+// Compilers don't find the instructions that convert fp16 behind c10::Half.
+template <>
+MEGAGPT2_AVX2 void keep_avx2<c10::Half>(
+    const c10::Half* x, c10::Half* y, const uint32_t* words, int64_t n, uint32_t threshold, float scale) {
+  const __m256i least = _mm256_set1_epi32(static_cast<int>(threshold));
+  const __m256 factor = _mm256_set1_ps(scale);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256i drawn = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + i));
+    const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32(drawn, least), drawn);  // drawn >= least, unsigned
+    const __m256 value = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+    const __m256 scaled = _mm256_and_ps(_mm256_mul_ps(value, factor), _mm256_castsi256_ps(kept));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(y + i), _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  keep(x + i, y + i, words + i, n - i, threshold, scale);
+}
 #endif
 
 template <typename scalar_t>
@@ -76,6 +98,7 @@ at::Tensor dropout_cpu(
   TORCH_CHECK_VALUE(
       x.dim() >= 1 && x.size(0) == samples.numel(),
       "x is ", x.sizes(), " but there are ", samples.numel(), " samples: give one for each x[i]");
+  TORCH_CHECK_VALUE(x.is_floating_point(), "x is ", x.scalar_type(), ": dropout scales, give a floating-point tensor");
   const int64_t batch = x.size(0), count = batch == 0 ? 0 : x.numel() / batch;
   check_place(samples, start, count);
   const at::Tensor rows = samples.contiguous(), from = x.contiguous();

@@ -114,7 +114,7 @@ void check_place(const at::Tensor& samples, int64_t start, int64_t count) {
       "samples are ", samples.toString(), " ", samples.sizes(), ": give the number of each sample, int64 [batch]");
   TORCH_CHECK_VALUE(
       start >= 0 && count >= 0 && start <= std::numeric_limits<int64_t>::max() - kTileWords - count,
-      "start is ", start, " and count is ", count, ": elements have numbers from 0 to 2**63 - 1025");
+      "start is ", start, " and count is ", count, ": elements have numbers from 0 to 2**63 - 257");
 }
 
 at::Tensor random_bits_cpu(int64_t key0, int64_t key1, const at::Tensor& samples, int64_t start, int64_t count) {

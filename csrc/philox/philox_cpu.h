@@ -11,9 +11,9 @@
 
 namespace megagpt2 {
 
-constexpr int64_t kTileBlocks = 256;              // counters: 1024 words, 4 KiB
+constexpr int64_t kTileBlocks = 64;     // counters, 1 KiB of words: small, so that one tile's loads overlap the next's rounds
 constexpr int64_t kTileWords = 4 * kTileBlocks;
-constexpr int64_t kTilesPerTask = 32;             // what is worth waking a thread for: 32,768 elements
+constexpr int64_t kTilesPerTask = 128;  // what is worth waking a thread for: 32,768 elements
 
 // words[0 .. 4 * blocks) of counters block, block + 1, ... `words` has room for kTileWords: the last vector may
 // write past 4 * blocks.

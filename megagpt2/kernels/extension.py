@@ -28,7 +28,10 @@ class Extension:
     compiled: bool
     reason: str = ""
 
-    def __str__(self) -> str:
+    def describe(self, device: str) -> str:
+        """For people: what runs on a device of this type."""
+        if self.compiled and device != "cpu":
+            return f"reference (the compiled operators are for CPUs, not {device})"
         return "C++" if self.compiled else f"reference ({self.reason})"
 
     def serves(self, *tensors: torch.Tensor) -> bool:
@@ -54,11 +57,11 @@ def load(environment: Mapping[str, str], sources: Path = SOURCES) -> Extension:
         return Extension(False, f"{MODULE} is not built: make setup")
     except (ImportError, OSError) as error:  # as another torch's: symbols that this one has not
         return Extension(False, f"{MODULE} can't be loaded, build it again with make setup: {error}")
-    if module.TORCH != torch.__version__:
+    if torch.__version__ != module.TORCH:
         return Extension(
             False, f"{MODULE} was built for torch {module.TORCH}, this is {torch.__version__}: make setup"
         )
-    if sources.is_dir() and module.SOURCES != f"s{hash_of_sources(sources)}":
+    if sources.is_dir() and f"s{hash_of_sources(sources)}" != module.SOURCES:
         return Extension(False, f"{MODULE} was built from other sources than {sources}: make setup")
     return Extension(True)
 
