@@ -3,7 +3,7 @@
 #   PYTHON=python3.12          the interpreter that .venv is made with (3.11 or newer)
 #   TORCH=system               use the torch that PYTHON already has (a cluster's, a container's), not the locked one
 #   MEGAGPT2_NO_EXT=1          leave the compiled operators out
-#   ARGS="-k monitor -x"       further arguments for pytest
+#   ARGS="-k monitor -x"       further arguments for pytest; with bench, for the benchmarks: ARGS="--threads 1"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

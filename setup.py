@@ -15,6 +15,7 @@ Everything else about the package is in pyproject.toml.
 import hashlib
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -48,6 +49,13 @@ def extension_arguments() -> dict:
             "--no-build-isolation to pip, or set MEGAGPT2_NO_EXT=1 to install without the compiled operators."
         ) from error
 
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").exists():
+        raise SystemExit(
+            f"megagpt2: building csrc/ needs Python's headers, and {include} has no Python.h. Install them (apt-get "
+            "install python3-dev, dnf install python3-devel), or set MEGAGPT2_NO_EXT=1 to install without the compiled "
+            "operators."
+        )
     with_cuda = torch.version.cuda is not None and has_nvcc(cpp_extension.CUDA_HOME)
     paths = [ROOT / "csrc" / "bindings.cpp", *sorted(ROOT.glob("csrc/*/*.cpp"))]
     # As flags they make ninja compile anew for another torch. "s": a macro's text that starts with a letter.
