@@ -11,7 +11,7 @@
 
 namespace megagpt2 {
 
-constexpr int64_t kTileBlocks = 64;     // counters, 1 KiB of words: small, so that one tile's loads overlap the next's rounds
+constexpr int64_t kTileBlocks = 64;     // counters, 1 KiB of words: small, so that loads overlap the next tile's rounds
 constexpr int64_t kTileWords = 4 * kTileBlocks;
 constexpr int64_t kTilesPerTask = 128;  // what is worth waking a thread for: 32,768 elements
 
