@@ -3,11 +3,11 @@
 #   PYTHON=python3.12          the interpreter that .venv is made with (3.11 or newer)
 #   TORCH=system               use the torch that PYTHON already has (a cluster's, a container's), not the locked one
 #   MEGAGPT2_NO_EXT=1          leave the compiled operators out
-#   ARGS="-k monitor -x"       further arguments for pytest
+#   ARGS="-k monitor -x"       further arguments for pytest; with bench, for the benchmarks: ARGS="--threads 1"
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint
+.PHONY: help setup quickstart test test-slow bench lint
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -105,6 +105,10 @@ test: setup ## the fast tests
 test-slow: setup ## the slow tests, and where there is a CUDA device the GPU tests
 	$(VENV_PYTHON) -m pytest $(ARGS) -m \
 		"$$($(VENV_PYTHON) -c 'import torch; print("slow or gpu" if torch.cuda.is_available() else "slow and not gpu")')"
+
+bench: setup ## every benchmark of tools/bench, with tables here and JSON in build/bench
+	@set -e; for file in $(filter-out tools/bench/common.py,$(wildcard tools/bench/*.py)); do \
+		echo "== $$file"; $(VENV_PYTHON) $$file --json build/bench/$$(basename $$file .py).json $(ARGS); echo; done
 
 lint: setup ## ruff over the whole tree
 	$(VENV_PYTHON) -m ruff check .

@@ -5,11 +5,17 @@
     otherwise                     megagpt2._C: CPU sources always; CUDA sources where torch was built for CUDA
                                   and nvcc is there (a GPU need not be: login nodes build for compute nodes)
 
+The flags name no processor: the operators choose among vector instructions when they run, so login nodes build for
+compute nodes of another kind. The module remembers which torch and which sources it was built from, and
+megagpt2/kernels/extension.py leaves it alone when they are not those at hand.
+
 Everything else about the package is in pyproject.toml.
 """
 
+import hashlib
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -20,6 +26,14 @@ ROOT = Path(__file__).resolve().parent
 def has_nvcc(cuda_home: str | None) -> bool:
     """Whether the CUDA toolkit that torch found has its compiler."""
     return cuda_home is not None and (Path(cuda_home) / "bin" / "nvcc").exists()
+
+
+def hash_of_sources(folder: Path) -> str:
+    """Names and contents of csrc/'s sources. megagpt2/kernels/extension.py computes the same."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def extension_arguments() -> dict:
@@ -35,15 +49,24 @@ def extension_arguments() -> dict:
             "--no-build-isolation to pip, or set MEGAGPT2_NO_EXT=1 to install without the compiled operators."
         ) from error
 
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").exists():
+        raise SystemExit(
+            f"megagpt2: building csrc/ needs Python's headers, and {include} has no Python.h. Install them (apt-get "
+            "install python3-dev, dnf install python3-devel), or set MEGAGPT2_NO_EXT=1 to install without the compiled "
+            "operators."
+        )
     with_cuda = torch.version.cuda is not None and has_nvcc(cpp_extension.CUDA_HOME)
     paths = [ROOT / "csrc" / "bindings.cpp", *sorted(ROOT.glob("csrc/*/*.cpp"))]
-    flags = {"cxx": ["-O3"]}
+    # As flags they make ninja compile anew for another torch. "s": a macro's text that starts with a letter.
+    stamp = [f"-DMEGAGPT2_TORCH={torch.__version__}", f"-DMEGAGPT2_SOURCES=s{hash_of_sources(ROOT / 'csrc')}"]
+    flags = {"cxx": ["-O3", "-g0", "-Wno-maybe-uninitialized", *stamp]}  # GCC 12 warns of its own AVX512 header
     if sys.platform == "linux":
         flags["cxx"].append("-fopenmp")  # without it at::parallel_for runs on one thread
     if with_cuda:
         paths += sorted(ROOT.glob("csrc/*/*.cu"))
         flags["cxx"].append("-DMEGAGPT2_CUDA")
-        flags["nvcc"] = ["-O3", "-DMEGAGPT2_CUDA"]
+        flags["nvcc"] = ["-O3", "-DMEGAGPT2_CUDA", *stamp]
     make_extension = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = make_extension(
         name="megagpt2._C",
@@ -51,7 +74,11 @@ def extension_arguments() -> dict:
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args=flags,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    # force: whether something has to be compiled is ninja's to decide, which looks at headers and flags too
+    return {
+        "ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"build_ext": {"force": True}},
+    }
 
 
 setup(**extension_arguments())

@@ -37,6 +37,7 @@ from megagpt2.data.indexed import IndexedCorpus
 from megagpt2.data.order import Order
 from megagpt2.data.tokenizer import Tokenizer
 from megagpt2.generation.sampling import Sampling, generate
+from megagpt2.kernels.extension import EXTENSION
 from megagpt2.parallel.launch import RankEnvironment, detect, export
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import build_topology
@@ -104,6 +105,7 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
         "batch": f"{config.batch.global_batch} sequences of {config.sequence_length} = {plan.accumulation} x"
         f" {plan.micro_batch} on each of {plan.data} replicas",
         "precision": plan.precision,
+        "operators": EXTENSION.describe(engine.device.type),
         "devices": f"{environment.world_size} x {engine.device.type}, started by {environment.launcher}",
         "run": str(config.run.directory),
     }

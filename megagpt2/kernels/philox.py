@@ -6,7 +6,8 @@ row by row; element e is lane e % 4 of the counter
 
     (low half of e // 4, high half of e // 4, low half of sample, high half of sample)
 
-so any contiguous piece of any tensor can be drawn alone, on any rank, any number of times.
+so any contiguous piece of any tensor can be drawn alone, on any rank, any number of times. csrc/philox draws
+the same bits on the CPU, with vector instructions and several threads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from megagpt2.kernels.extension import EXTENSION
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -48,11 +51,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def random_bits(key: tuple[int, int], samples: Tensor, start: int, count: int) -> Tensor:
-    """32 random bits for elements start .. start + count - 1 of each sample.
-
-    samples: int64 [batch]. Returns int64 [batch, count] with values in [0, 2**32), on samples' device.
-    """
+def random_bits_reference(key: tuple[int, int], samples: Tensor, start: int, count: int) -> Tensor:
+    """`random_bits` in plain torch, on any device."""
     if not count:  # a rank may hold no row of a small vocabulary
         return torch.empty(len(samples), 0, dtype=torch.int64, device=samples.device)
     first, last = start // 4, (start + count + 3) // 4  # counters that cover the elements
@@ -64,6 +64,16 @@ def random_bits(key: tuple[int, int], samples: Tensor, start: int, count: int) -
         pieces.append(torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1))  # [batch, 4 * counters]
     bits = torch.cat(pieces, dim=1) if len(pieces) != 1 else pieces[0]
     return bits[:, start - 4 * first : start - 4 * first + count]
+
+
+def random_bits(key: tuple[int, int], samples: Tensor, start: int, count: int) -> Tensor:
+    """32 random bits for elements start .. start + count - 1 of each sample.
+
+    samples: int64 [batch]. Returns int64 [batch, count] with values in [0, 2**32), on samples' device.
+    """
+    if EXTENSION.serves(samples):
+        return torch.ops.megagpt2.random_bits(*key, samples, start, count)
+    return random_bits_reference(key, samples, start, count)
 
 
 def random_normal(key: tuple[int, int], start: int, count: int) -> Tensor:
@@ -81,3 +91,11 @@ def random_normal(key: tuple[int, int], start: int, count: int) -> Tensor:
     angle = 2.0 * math.pi * pair[:, 1]
     normal = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten()
     return normal[start - 4 * first : start - 4 * first + count].float()
+
+
+def _fake(key0, key1, samples, start, count):
+    return samples.new_empty((samples.shape[0], count))
+
+
+if EXTENSION.compiled:  # bits have no gradient
+    torch.library.register_fake("megagpt2::random_bits", _fake)

@@ -1,9 +1,9 @@
 """Train the small model on every legal layout, and tabulate how far each is from plain torch on one process.
 
-    python tools/bench/layouts.py                                     all of them: some 20 minutes on two cores
-    python tools/bench/layouts.py --pairwise                          a few that hold every pair of choices
-    python tools/bench/layouts.py --update docs/measurements.md       and write the table there
-    python tools/bench/layouts.py --precision fp32 --ranks 1 2
+    python tools/check_layouts.py                                     all of them: some 20 minutes on two cores
+    python tools/check_layouts.py --pairwise                          a few that hold every pair of choices
+    python tools/check_layouts.py --update docs/measurements.md       and write the table there
+    python tools/check_layouts.py --precision fp32 --ranks 1 2
 
 The model has 4 layers, 5 heads and dropout 0.1; the layouts are those that rules.py allows on up to 4 ranks. Errors are
 max|a - b| / max|b| per tensor, the largest of all tensors, against plain torch in fp32 (tests/support/parity.py says
@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.support.matrix import all_layouts, check_layout, pairwise_cover, references  # noqa: E402

@@ -1,0 +1,115 @@
+"""What the benchmarks share: the machine, fair timing, one table, one JSON schema (DESIGN section 10).
+
+A benchmark is a script beside this file, NAME.py, that calls `arguments` and `report`; `make bench` runs all of them.
+
+Machines are shared and noisy: the cases are timed in turns and medians are reported, with peers and the
+machine's limit from the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from megagpt2.kernels.extension import EXTENSION
+
+_SHORTEST = 2e-3  # seconds: what is faster is repeated within one measurement
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number. peers: the same number for other ways to do it; limit: the best this machine could do."""
+
+    bench: str
+    case: str
+    metric: str
+    value: float
+    unit: str
+    higher_is_better: bool = True
+    peers: dict[str, float] = field(default_factory=dict)
+    limit: float | None = None
+
+
+def arguments(description: str, repetitions: int) -> argparse.ArgumentParser:
+    """A parser with what every benchmark understands."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--repetitions", type=int, default=repetitions, metavar="N", help="medians of N")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of torch")
+    return parser
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, str | int | float]:
+    """What a reader needs to know to compare."""
+    return {
+        "processor": processor(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load": round(os.getloadavg()[0], 2),  # processes of others that want the cores
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__, "python": platform.python_version(), "operators": EXTENSION.describe("cpu"),
+    }
+
+
+def medians(cases: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Seconds of one call of each case: the median of `repetitions` rounds in which every case has its turn."""
+    calls = {}
+    for name, case in cases.items():
+        case()  # the first call warms caches and allocators up
+        begin = time.perf_counter()
+        case()
+        calls[name] = max(1, round(_SHORTEST / max(time.perf_counter() - begin, 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repetitions):
+        for name, case in cases.items():
+            begin = time.perf_counter()
+            for _ in range(calls[name]):
+                case()
+            seconds[name].append((time.perf_counter() - begin) / calls[name])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as text: value, peers with the ratio value / peer, and the share of the limit."""
+    peers = list(dict.fromkeys(name for row in rows for name in row.peers))
+    lines = [["case", "metric", "value", *peers, "limit", "of limit"]]
+    for row in rows:
+        cells = [f"{row.peers[name]:.3g} ({row.value / row.peers[name]:.3g}x)" if name in row.peers else ""
+                 for name in peers]
+        limit = ["", ""] if row.limit is None else [f"{row.limit:.3g}", f"{row.value / row.limit:.0%}"]
+        lines.append([row.case, row.metric, f"{row.value:.3g} {row.unit}", *cells, *limit])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                     for line in lines)
+
+
+def report(rows: list[Row], file: Path | None) -> None:
+    """Print the machine and the table; write {"machine", "rows"} to `file`."""
+    facts = machine()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    print(table(rows))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")
+        partial.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        partial.replace(file)
