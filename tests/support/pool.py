@@ -12,6 +12,7 @@ pool starts anew.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -20,7 +21,10 @@ import time
 import traceback
 from multiprocessing.connection import wait
 
+import psutil
+
 _START = 120.0  # seconds for the workers to import everything
+_MOST_THREADS = 250  # of a worker: DeepSpeed's ZeRO-3 never lets go of its groups, and each has threads
 
 
 def _free_port() -> int:
@@ -75,7 +79,13 @@ def _serve(rank: int, pipe) -> None:
         finally:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
-        pipe.send(answer)
+            gc.collect()  # engines are cycles of references, which keep their groups' threads
+        pipe.send((*answer, threads_of_this_process()))
+
+
+def threads_of_this_process() -> int:
+    """Threads of this process, gloo's included."""
+    return psutil.Process().num_threads()
 
 
 class Pool:
@@ -132,11 +142,11 @@ class Pool:
                 try:
                     answer = pipe.recv()
                 except EOFError:
-                    answer = ("failed", "the worker process died")
+                    answer = ("failed", "the worker process died", 0)
                 answers[pipes.index(pipe)] = answer
                 if answer[0] == "failed":  # the others may wait for it for ever: give them a moment, not the timeout
                     deadline = min(deadline, time.monotonic() + 5.0)
-        failures = {rank: text for rank, (status, text) in answers.items() if status == "failed"}
+        failures = {rank: text for rank, (status, text, _) in answers.items() if status == "failed"}
         if failures or len(answers) < ranks:
             for process, _ in self.workers:
                 process.kill()
@@ -144,4 +154,6 @@ class Pool:
             missing = sorted(set(range(ranks)) - set(answers))
             report = "\n".join(f"--- rank {rank}\n{text}" for rank, text in failures.items())
             raise AssertionError(f"{function} on {ranks} ranks failed; no answer from ranks {missing}\n{report}")
+        if max(threads for _, _, threads in answers.values()) > _MOST_THREADS:
+            self.stop()
         return [answers[rank][1] for rank in range(ranks)]

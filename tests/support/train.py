@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from megagpt2.config.rules import Facts, check
 from megagpt2.config.schema import Config
@@ -16,6 +15,7 @@ from megagpt2.data.batches import Batches
 from megagpt2.data.order import Order
 from megagpt2.model.initialize import initial_value
 from megagpt2.model.parameters import Spec, specified
+from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import Topology, build_topology
 from megagpt2.training.engine import Engine, build_engine
 from megagpt2.training.masters import local_weights as engine_weights
@@ -49,7 +49,7 @@ def start(config: Config) -> tuple[Engine, TrainStep, Batches]:
     topology = build_topology(config.parallel.tensor_parallel, config.parallel.pipeline_parallel)
     if config.training.precision == "fp16":
         # torch computes fp16 on any CPU, slowly: what is refused to users for that serves the tests.
-        get_accelerator().is_fp16_supported = lambda: True
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     plan = check(config, Facts(world_size=topology.world_size, device="cpu", bf16=True, fp16=True, deepspeed=True))
     engine = build_engine(config, plan, topology, torch.device("cpu"))
     set_values(engine.deepspeed, topology, lambda spec: initial_value(spec, config.training.seed))

@@ -1,0 +1,78 @@
+"""--check-replicas: what comparing all that two data-parallel ranks hold alike costs, beside a training step.
+
+GPT-2's 117M (or --layers of it) at a short sequence, fp32, two processes. The share is that of a run that compares
+every 100 steps; the shorter the step, the larger it is: one step here has 2 x 128 tokens, a real one hundreds of thousands.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from common import Row, arguments, report
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.support.pool import Pool  # noqa: E402
+
+EVERY = 100
+
+
+def timed(layers: int, repetitions: int) -> tuple[float, float, int]:
+    """A job on every rank: median seconds of a step and of a comparison, and the bytes that were compared."""
+    from megagpt2.training.replicas import check_replicas
+    from tests.support.train import start
+
+    config = small(layers)
+    engine, step, batches = start(config)
+    size = config.batch.global_batch
+    seconds: dict[str, list[float]] = {"step": [], "check": []}
+    for number in range(repetitions + 1):
+        begin = time.perf_counter()
+        step(batches.global_batch(number * size, size), engine.plan.accumulation, 1e-4)
+        between = time.perf_counter()
+        check_replicas(engine.module, engine.topology)
+        if number:  # the first round warms up
+            seconds["step"].append(between - begin)
+            seconds["check"].append(time.perf_counter() - between)
+    held = sum(p.numel() * p.element_size() for p in engine.module.parameters())
+    engine.close()
+    return statistics.median(seconds["step"]), statistics.median(seconds["check"]), held
+
+
+def small(layers: int):
+    """The preset with fewer layers and short sequences."""
+    from megagpt2.config import load_config
+
+    return load_config(ROOT / "configs/gpt2_117m.yaml").replace({
+        "model.layers": layers, "batch.global_batch": 2, "batch.micro_batch": 1, "batch.sequence_length": 128,
+        "training.precision": "fp32", "training.device": "cpu", "validation.every": 0, "monitor.sample_every": 0,
+    })
+
+
+def main() -> int:
+    parser = arguments(__doc__, repetitions=5)
+    parser.add_argument("--layers", type=int, default=12, metavar="N")
+    options = parser.parse_args()
+    pool = Pool(2)
+    try:
+        job = {"layers": options.layers, "repetitions": options.repetitions}
+        step, check, held = pool.run("tools.bench.replicas:timed", 2, timeout=600.0, **job)[0]
+    finally:
+        pool.stop()
+    case = f"{options.layers} layers, 2 replicas"
+    report([
+        Row("replicas", case, "step", step, "s", higher_is_better=False),
+        Row("replicas", case, "comparison", check, "s", higher_is_better=False),
+        Row("replicas", case, "compared", held / check / 1e9, "GB/s"),
+        Row("replicas", case, f"share at N={EVERY}", 100 * check / (EVERY * step + check), "%",
+            higher_is_better=False, limit=1.0),
+    ], options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
