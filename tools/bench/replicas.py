@@ -1,7 +1,8 @@
 """--check-replicas: what comparing all that two data-parallel ranks hold alike costs, beside a training step.
 
 GPT-2's 117M (or --layers of it) at a short sequence, fp32, two processes. The share is that of a run that compares
-every 100 steps; the shorter the step, the larger it is: one step here has 2 x 128 tokens, a real one hundreds of thousands.
+every 100 steps; the shorter the step, the larger it is: here it has 2 x 128 tokens, in a real run hundreds of
+thousands.
 """
 
 from __future__ import annotations
