@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.runs import log_rows, pretrain, tiny_config
+from tests.support.runs import events, log_rows, pretrain, tiny_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -28,3 +28,42 @@ def test_a_gpu_trains_what_a_cpu_trains(text, tmp_path, precision, zero_stage):
     assert all((row["loss_scale"] == 1024) == (precision == "fp16") for row in found)
     for one, other in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_fp16_finds_its_loss_scale(text, tmp_path, zero_stage):
+    """From 2**30 gradients overflow: steps are skipped, each halves the scale and is named, then training goes on."""
+    run = tiny_config(
+        text, tmp_path / "run",
+        **{
+            "training.steps": 40, "parallel.zero_stage": zero_stage, "training.device": "cuda",
+            "training.precision": "fp16", "training.initial_loss_scale": 2**30,
+        },
+    )
+    pretrain((run, 1))
+    rows = log_rows(run.run.directory)
+    skipped = [row["skipped"] for row in rows]
+    count = sum(skipped)
+    assert 0 < count < 30 and skipped == [True] * count + [False] * (40 - count)
+    assert [row["loss_scale"] for row in rows[: count + 1]] == [2.0 ** (30 - n) for n in range(count + 1)]
+    told = [event for event in events(run.run.directory) if "overflowed" in event]
+    assert len(told) == count and all("on rank 0 (stage 0, replica 0, shard 0), samples " in event for event in told)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_full_offload_takes_less_memory_than_full(text, tmp_path):
+    """What the blocks keep waits on the host: the device's peak falls by about layers x hidden states."""
+    peaks = {}
+    for recompute in ("full", "full_offload"):
+        run = tiny_config(
+            text, tmp_path / recompute,
+            **{
+                "model.layers": 24, "model.width": 256, "training.steps": 2, "training.device": "cuda",
+                "training.precision": "fp32", "parallel.activation_checkpointing": recompute,
+                "batch.global_batch": 64, "batch.micro_batch": 64,
+            },
+        )
+        pretrain((run, 1))
+        peaks[recompute] = log_rows(run.run.directory)[-1]["memory_bytes"]
+    hidden = 64 * 32 * 256 * 4
+    assert peaks["full"] - peaks["full_offload"] > 12 * hidden
