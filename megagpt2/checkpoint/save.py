@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megagpt2.checkpoint import store
 from megagpt2.checkpoint.formats import huggingface
-from megagpt2.checkpoint.shards import Slice, write_slices
+from megagpt2.checkpoint.shards import Slices, write_slices
 from megagpt2.config.schema import ModelConfig
 from megagpt2.model.parameters import Spec
 from megagpt2.parallel.topology import Topology
@@ -44,7 +44,7 @@ class Snapshot:
     """What a rank contributes: its weights (local parts, stored dtype, in order) and its optimizer slices."""
 
     weights: Iterable[tuple[Spec, Tensor]]
-    slices: Iterable[Slice]
+    slices: Slices
     state: TrainingState
     model: ModelConfig
     dtype: torch.dtype

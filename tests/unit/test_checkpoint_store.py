@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megagpt2.checkpoint import store
 from megagpt2.checkpoint.formats import huggingface
 from megagpt2.checkpoint.load import choose, open_checkpoint
-from megagpt2.checkpoint.shards import SliceReader, write_slices
+from megagpt2.checkpoint.shards import SliceReader, Slices, write_slices
 from megagpt2.checkpoint.store import CheckpointError
 from megagpt2.model.parameters import Spec
 from megagpt2.parallel.tensor import TensorBuilder
@@ -351,10 +351,10 @@ def write_layout(folder: Path, layout: list[list[tuple[Spec, int, int]]]) -> Non
     for rank, slices in enumerate(layout):
         write_slices(
             folder / f"rank_{rank:05d}.safetensors",
-            [
+            Slices.in_memory([
                 (spec, start, {k: spec.local(whole[spec.name]).flatten()[start:stop] for k, whole in KINDS.items()})
                 for spec, start, stop in slices
-            ],
+            ]),
         )
 
 
@@ -395,7 +395,8 @@ def test_absent_state_is_named(tmp_path):
     spec = specs_of(0, 1)[0]
     with pytest.raises(CheckpointError, match="holds no optimizer state"):
         SliceReader(tmp_path)
-    write_slices(tmp_path / "rank_00000.safetensors", [(spec, 0, {"master": torch.zeros(spec.shape).flatten()})])
+    zeros = {"master": torch.zeros(spec.shape).flatten()}
+    write_slices(tmp_path / "rank_00000.safetensors", Slices.in_memory([(spec, 0, zeros)]))
     reader = SliceReader(tmp_path)
     with pytest.raises(CheckpointError, match="has no exp_avg, only master"):
         reader.read("exp_avg", spec)  # the run was an SGD's
