@@ -122,7 +122,7 @@ class Engine:
         """Free hooks and groups (tests build many engines in one process)."""
         self.deepspeed.destroy()
         self.topology.close()
-        offload.remove_files(self.config)
+        offload.remove_files(self.config, self.topology.rank)
 
 
 def _construct(config: Config, topology: Topology) -> tuple[nn.Module, list[int] | None]:

@@ -87,9 +87,9 @@ def bytes_per_rank(config: Config, plan: Plan) -> tuple[int, int]:
     return disk, locked
 
 
-def _remove_own(folder: Path) -> None:
+def _remove_own(folder: Path, rank: int) -> None:
     """Remove this rank's files, and folders that are then empty."""
-    for path in folder.glob(f"zero_stage_3/*/rank{dist.get_rank()}"):
+    for path in folder.glob(f"zero_stage_3/*/rank{rank}"):
         shutil.rmtree(path, ignore_errors=True)
     for path in (*folder.glob("zero_stage_3/*"), folder / "zero_stage_3", folder):
         with contextlib.suppress(OSError):  # another rank's are still in it
@@ -104,7 +104,7 @@ def _why_not(config: Config, plan: Plan) -> str | None:
     disk, locked = bytes_per_rank(config, plan)
     try:
         nvme.load_operators()
-        _remove_own(folder)  # of a run that was killed
+        _remove_own(folder, dist.get_rank())  # of a run that was killed
         folder.mkdir(parents=True, exist_ok=True)
         need = disk * min(plan.world_size, int(os.environ.get("LOCAL_SIZE", plan.world_size)))
         free = shutil.disk_usage(folder).free
@@ -130,6 +130,7 @@ def prepare(config: Config, plan: Plan, agree_any) -> None:
         return
     problem = _why_not(config, plan)
     if agree_any(problem is not None):
+        remove_files(config, dist.get_rank())
         if problem is not None and dist.get_rank():
             print(f"megagpt2: rank {dist.get_rank()}: {problem}", file=sys.stderr, flush=True)
         raise ConfigError(problem or "offload.nvme_path: another rank can't use it, and says why")
@@ -154,7 +155,7 @@ def keep_gradients_in_memory(zero) -> None:
     zero.optimizer_swapper.swap_out_gradients = lambda **_: None
 
 
-def remove_files(config: Config) -> None:
+def remove_files(config: Config, rank: int) -> None:
     """At the end of a run: nothing of its files is needed again, for checkpoints hold everything."""
     if config.offload.uses_nvme:
-        _remove_own(run_folder(config))
+        _remove_own(run_folder(config), rank)
