@@ -16,6 +16,7 @@ from megagpt2.config import Config, ConfigError
 from megagpt2.config.load import dump_config
 from megagpt2.config.rules import Plan
 from megagpt2.model.initialize import initial_value
+from megagpt2.model.parameters import specified
 from megagpt2.run.material import Material
 from megagpt2.training.engine import Engine
 from megagpt2.training.loop import Progress
@@ -134,6 +135,7 @@ def snapshot(engine: Engine, progress: Progress, material: Material) -> Snapshot
         material.identity(engine.config),
     )
     return Snapshot(
-        local_weights(engine.deepspeed), slices, state, engine.config.model, dtype, material.tokenizer_texts,
+        [parameter.spec for parameter in specified(engine.module)], local_weights(engine.deepspeed), slices, state,
+        engine.config.model, dtype, material.tokenizer_texts,
         material.tokenizer.end_of_text if material.tokenizer else None,
     )

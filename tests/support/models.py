@@ -60,4 +60,5 @@ def save_model(model: GPT2, config: ModelConfig, checkpoints: Path, step: int = 
     dtype = next(model.parameters()).dtype
     weights = [(parameter.spec, parameter.detach()) for parameter in model.parameters()]
     state = TrainingState(step=step, samples_seen=8 * step, updates=step)
-    return save_checkpoint(checkpoints, Snapshot(weights, Slices(), state, config, dtype), Topology())
+    snapshot = Snapshot([spec for spec, _ in weights], weights, Slices(), state, config, dtype)
+    return save_checkpoint(checkpoints, snapshot, Topology())
