@@ -11,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from megagpt2.checkpoint import store
 from megagpt2.checkpoint.formats import huggingface
 from megagpt2.checkpoint.load import choose, open_checkpoint
 from megagpt2.checkpoint.shards import SliceReader, Slices, write_slices
 from megagpt2.checkpoint.store import CheckpointError
+from megagpt2.checkpoint.stream import TensorFile
 from megagpt2.model.parameters import Spec
 from megagpt2.parallel.tensor import TensorBuilder
 from megagpt2.parallel.topology import Topology
@@ -407,3 +409,27 @@ def test_absent_state_is_named(tmp_path):
     (tmp_path / "rank_00001.safetensors").write_bytes(b"garbage")
     with pytest.raises(CheckpointError, match="rank_00001.safetensors is not a file of optimizer slices"):
         SliceReader(tmp_path)
+
+
+def test_streamed_files_are_what_the_library_reads(tmp_path):
+    """Types, shapes, a view that is not contiguous, and an empty tensor."""
+    tensors = {
+        "a": torch.randn(5, 3), "b": torch.randn(7).bfloat16(), "view": torch.randn(4, 6).T, "none": torch.empty(0),
+        "c": torch.randn(2, 3, 4).half(),
+    }
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with TensorFile(tmp_path / "x.safetensors", entries, {"format": "pt"}) as file:
+        for name, tensor in tensors.items():
+            file.add(name, tensor)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_a_streamed_file_holds_what_was_announced(tmp_path):
+    entries = [("a", torch.float32, (2,)), ("b", torch.float32, (2,))]
+    with pytest.raises(ValueError, match="b .* was added, .*'a'"), TensorFile(tmp_path / "x", entries, {}) as file:
+        file.add("b", torch.zeros(2))
+    with pytest.raises(ValueError, match="b was not added"), TensorFile(tmp_path / "x", entries, {}) as file:
+        file.add("a", torch.zeros(2))
