@@ -7,7 +7,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow bench lint
+.PHONY: help setup setup-nvme quickstart test test-slow bench lint
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -95,6 +95,9 @@ $(VENV)/.installed: $(VENV)/.packages setup.py pyproject.toml $(operator_sources
 	@$(require_compiler)
 	$(VENV_PYTHON) -m pip install --disable-pip-version-check -e . --no-deps --no-build-isolation
 	@touch $@
+
+setup-nvme: setup ## build the operators for offload to NVMe (needs libaio's headers: libaio-dev, libaio-devel)
+	$(VENV_PYTHON) tools/setup_nvme.py
 
 quickstart: setup ## train a small GPT-2 on this machine, with tensor and pipeline parallelism
 	$(VENV_PYTHON) tools/quickstart.py

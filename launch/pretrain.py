@@ -16,6 +16,7 @@ request is wrong; 75 stopped on a signal after saving (start it again); 1 anythi
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
 from datetime import timedelta
@@ -44,6 +45,7 @@ from megagpt2.parallel.topology import build_topology
 from megagpt2.planning.stages import stage_shares
 from megagpt2.run.material import Material, check_directory, claim_directory, open_material
 from megagpt2.run.resume import agree_on_checkpoint, agree_on_request, load_state, on_rank_0, snapshot
+from megagpt2.training import offload
 from megagpt2.training.console import Console
 from megagpt2.training.engine import Engine, build_engine
 from megagpt2.training.inference import next_logits
@@ -106,6 +108,7 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
         f" {plan.micro_batch} on each of {plan.data} replicas",
         "precision": plan.precision,
         "operators": EXTENSION.describe(engine.device.type),
+        "offload": f"optimizer {config.offload.optimizer}, parameters {config.offload.parameters}",
         "devices": f"{environment.world_size} x {engine.device.type}, started by {environment.launcher}",
         "run": str(config.run.directory),
     }
@@ -177,6 +180,7 @@ def train(config: Config, plan: Plan, material: Material, environment: RankEnvir
         save_config(config, config.run.directory / "config.yaml")
     topology = build_topology(plan.tensor, plan.pipeline)
     engine = build_engine(config, plan, topology, device)
+    atexit.register(offload.remove_files, config, environment.rank)  # where the run ends by an error
     progress = load_state(engine, loaded)
     length, seed = config.sequence_length, config.training.seed
 

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt2.checkpoint import store
 from megagpt2.checkpoint.formats import huggingface
-from megagpt2.checkpoint.shards import Slice, write_slices
+from megagpt2.checkpoint.shards import Slices, write_slices
+from megagpt2.checkpoint.stream import TensorFile
 from megagpt2.config.schema import ModelConfig
 from megagpt2.model.parameters import Spec
 from megagpt2.parallel.topology import Topology
@@ -43,8 +43,9 @@ class TrainingState:
 class Snapshot:
     """What a rank contributes: its weights (local parts, stored dtype, in order) and its optimizer slices."""
 
+    specs: list[Spec]  # of the weights, in their order: what a file holds is known before it is written
     weights: Iterable[tuple[Spec, Tensor]]
-    slices: Iterable[Slice]
+    slices: Slices
     state: TrainingState
     model: ModelConfig
     dtype: torch.dtype
@@ -96,16 +97,26 @@ def assemble(weights: Iterable[tuple[Spec, Tensor]], topology: Topology) -> Iter
 
 def _write_model_part(folder: Path, snapshot: Snapshot, topology: Topology) -> list[Path]:
     """This stage's file. The tied embedding is on two stages: only the first writes it."""
-    tensors = {}
-    for name, whole in assemble(snapshot.weights, topology):
-        if name == "wte.weight" and not topology.first_stage:  # the tied embedding's second copy
-            continue
-        foreign = huggingface.foreign_name(name, snapshot.model)
-        tensors[foreign] = huggingface.transpose_if_projection(name, whole).contiguous()
-    if not tensors:
+    specs = [s for s in snapshot.specs if topology.first_stage or s.name != "wte.weight"]  # the tied second copy
+    if topology.shard or not specs:
+        for _ in assemble(snapshot.weights, topology):
+            pass
         return []
+
+    def stored(name: str, whole: Tensor) -> Tensor:
+        return huggingface.transpose_if_projection(name, whole)
+
+    entries = [
+        (huggingface.foreign_name(s.name, snapshot.model), snapshot.dtype,
+         tuple(stored(s.name, torch.empty(s.shape, device="meta")).shape))
+        for s in specs
+    ]
     path = folder / "model" / f"model-{topology.stage + 1:05d}-of-{topology.pipeline:05d}.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
+    names = {s.name for s in specs}
+    with TensorFile(path, entries, {"format": "pt"}) as file:
+        for name, whole in assemble(snapshot.weights, topology):
+            if name in names:
+                file.add(huggingface.foreign_name(name, snapshot.model), stored(name, whole))
     return [path]
 
 

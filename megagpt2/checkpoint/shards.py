@@ -12,32 +12,54 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt2.checkpoint.store import CheckpointError, open_safetensors
+from megagpt2.checkpoint.stream import TensorFile
 from megagpt2.model.parameters import Spec
 
-Slice = tuple[Spec, int, dict[str, Tensor]]  # parameter, first element, {"master" | "exp_avg" | ...: fp32 [n]}
+
+@dataclass(frozen=True)
+class Slices:
+    """One rank's slices. Where they lie is known beforehand; their values come one after the other, and need to hold
+    only until the next: state that is not in memory is never there as a whole."""
+
+    kinds: tuple[str, ...] = ()  # of "master", "exp_avg", "exp_avg_sq"
+    places: list[tuple[Spec, int, int]] = field(default_factory=list)  # parameter, first element, past the last
+    values: Iterable[dict[str, Tensor]] = ()  # {kind: fp32 [stop - start]} for each place
+
+    @classmethod
+    def in_memory(cls, pieces: list[tuple[Spec, int, dict[str, Tensor]]]) -> Self:
+        """Of pieces that are there: parameter, first element, {kind: fp32 [n]}."""
+        kinds = tuple(pieces[0][2]) if pieces else ()
+        places = [(spec, start, start + parts[kinds[0]].numel()) for spec, start, parts in pieces]
+        return cls(kinds, places, [parts for *_, parts in pieces])
 
 
-def write_slices(path: Path, slices: Iterable[Slice]) -> None:
+def write_slices(path: Path, slices: Slices) -> None:
     """One rank's slices, as one file."""
-    tensors, places = {}, {}
-    for spec, start, parts in slices:
-        if not parts:  # an fp32 run of an optimizer without moments: its weights are all of its state
-            continue
-        for kind, tensor in parts.items():
-            tensors[f"{kind}/{spec.name}"] = tensor.detach().cpu().contiguous()
-            stop = start + tensor.numel()
-        places[spec.name] = {
-            "shape": spec.shape, "dim": spec.dim, "ranges": spec.ranges, "padding": spec.padding,
-            "start": start, "stop": stop,
+    # An fp32 run of an optimizer without moments has no kinds: its weights are all of its state.
+    places = slices.places if slices.kinds else []
+    described = {
+        spec.name: {
+            "shape": spec.shape, "dim": spec.dim, "ranges": spec.ranges, "padding": spec.padding, "start": start,
+            "stop": stop,
         }
-    save_file(tensors, path, metadata={"slices": json.dumps(places)})
+        for spec, start, stop in places
+    }
+    entries = [
+        (f"{kind}/{spec.name}", torch.float32, (stop - start,)) for spec, start, stop in places for kind in slices.kinds
+    ]
+    with TensorFile(path, entries, {"slices": json.dumps(described)}) as file:
+        if entries:
+            for (spec, _, _), parts in zip(places, slices.values, strict=True):
+                for kind in slices.kinds:
+                    file.add(f"{kind}/{spec.name}", parts[kind])
 
 
 class SliceReader:

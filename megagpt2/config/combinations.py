@@ -30,7 +30,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 LAYOUT_RULES = (
     "world-divides", "heads-over-tensor", "matrices-over-tensor", "layers-over-pipeline", "zero-with-pipeline",
     "sequence-needs-tensor", "sequence-splits", "sequence-fits", "batch-divides", "ramp-fits", "fp16-usable",
-    "bf16-usable", "parameters-offload",
+    "bf16-usable", "optimizer-offload", "parameters-offload",
 )
 """The rules that speak of layouts; the others are in docs/reference/config.md."""
 

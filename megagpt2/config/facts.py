@@ -1,7 +1,10 @@
 """What the machine can do, as far as a request's legality depends on it."""
 
+import importlib.metadata
 import importlib.util
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -18,6 +21,8 @@ class Facts:
     """The device computes fp16 in hardware."""
     deepspeed: bool = True
     """DeepSpeed can be imported."""
+    nvme: bool = True
+    """DeepSpeed's operators for NVMe are built (`make setup-nvme`)."""
 
     @classmethod
     def detect(cls, world_size: int, device: str = "auto") -> "Facts":
@@ -33,8 +38,31 @@ class Facts:
                 bf16=torch.cuda.is_bf16_supported(including_emulation=False),
                 fp16=torch.cuda.get_device_capability() >= (5, 3),
                 deepspeed=deepspeed,
+                nvme=nvme_operators_built(),
             )
-        return cls(world_size, "cpu", bf16=_processor_bf16(), fp16=_processor_fp16(), deepspeed=deepspeed)
+        return cls(
+            world_size, "cpu", bf16=_processor_bf16(), fp16=_processor_fp16(), deepspeed=deepspeed,
+            nvme=nvme_operators_built(),
+        )
+
+
+NVME_OPERATORS = ("pin_memory", "async_io")
+"""DeepSpeed's names of them, in the order in which they must be loaded: the second uses the first."""
+
+
+def nvme_operator_files() -> list[Path]:
+    """Where `make setup-nvme` puts each operator: in the Python environment, by what they are compiled against."""
+    versions = "-".join(f"{name}{importlib.metadata.version(name)}" for name in ("torch", "deepspeed"))
+    folder = Path(sys.prefix) / "megagpt2-nvme" / f"{sys.implementation.cache_tag}-{versions}"
+    return [folder / f"{name}.so" for name in NVME_OPERATORS]
+
+
+def nvme_operators_built() -> bool:
+    """True where all of them are there."""
+    try:
+        return all(path.is_file() for path in nvme_operator_files())
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _processor_bf16() -> bool:

@@ -24,6 +24,8 @@ DEEPSPEED_OWNED: dict[str, str] = {
     "train_micro_batch_size_per_gpu": "batch.micro_batch",
     "gradient_accumulation_steps": "batch.global_batch and batch.micro_batch",
     "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer": "offload.optimizer",
+    "zero_optimization.offload_param": "offload.parameters",
     "tensor_parallel": "parallel.tensor_parallel",
     "sequence_parallel_size": "parallel.sequence_parallel",
     "activation_checkpointing": "parallel.activation_checkpointing",
@@ -52,19 +54,6 @@ DEEPSPEED_OWNED: dict[str, str] = {
 """DeepSpeed's options that our fields decide, and the field that does."""
 
 DEEPSPEED_ALLOWED: tuple[str, ...] = (
-    "zero_optimization.offload_optimizer.device",
-    "zero_optimization.offload_optimizer.nvme_path",
-    "zero_optimization.offload_optimizer.buffer_count",
-    "zero_optimization.offload_optimizer.pin_memory",
-    "zero_optimization.offload_optimizer.pipeline_read",
-    "zero_optimization.offload_optimizer.pipeline_write",
-    "zero_optimization.offload_optimizer.fast_init",
-    "zero_optimization.offload_param.device",
-    "zero_optimization.offload_param.nvme_path",
-    "zero_optimization.offload_param.buffer_count",
-    "zero_optimization.offload_param.buffer_size",
-    "zero_optimization.offload_param.max_in_cpu",
-    "zero_optimization.offload_param.pin_memory",
     "zero_optimization.reduce_bucket_size",
     "zero_optimization.allgather_bucket_size",
     "zero_optimization.overlap_comm",
@@ -81,7 +70,6 @@ DEEPSPEED_ALLOWED: tuple[str, ...] = (
     "aio.intra_op_parallelism",
     "aio.single_submit",
     "aio.overlap_events",
-    "aio.use_gds",
     "comms_logger.enabled",
     "comms_logger.prof_all",
     "comms_logger.prof_ops",
@@ -99,8 +87,7 @@ DEEPSPEED_ALLOWED: tuple[str, ...] = (
 )
 """DeepSpeed's options that pass through: they decide where things lie and what is shown, not what is computed.
 
-Names as in DeepSpeed 0.19.8. Left out of offload_optimizer are ratio, super_offload and cpuadam_cores_perc: they
-need, or put in place of ours, an optimizer of DeepSpeed's own.
+Names as in DeepSpeed 0.19.8. Left out is aio.use_gds, whose operator would be compiled at the first use.
 """
 
 
@@ -377,15 +364,6 @@ def deepspeed_inexact(config: Config, facts: Facts) -> Refusal | None:
     asked = ", ".join(".".join(("deepspeed", *path)) for path in found)
     remedy = f"remove {'it' if len(found) == 1 else 'them'} there"
     return Refusal("deepspeed", asked, why, ({"deepspeed": rest},), remedy)
-
-
-def parameters_offload(config: Config, facts: Facts) -> Refusal | None:
-    """DeepSpeed offloads parameters only where they are sharded."""
-    stage = config.parallel.zero_stage
-    if not _has(config.deepspeed, "zero_optimization.offload_param") or stage == 3:
-        return None
-    why = "DeepSpeed offloads parameters (deepspeed.zero_optimization.offload_param) only in stage 3"
-    return Refusal("parallel.zero_stage", str(stage), why, ({"parallel.zero_stage": 3},))
 
 
 def _children(parent: tuple[str, ...], options: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from megagpt2.config import refusals, yaml_format
+from megagpt2.config import offloading, refusals, yaml_format
 from megagpt2.config.batching import accumulation_steps, ramped_batch
 from megagpt2.config.errors import ConfigError
 from megagpt2.config.facts import Facts
@@ -120,10 +120,13 @@ RULES: tuple[Rule, ...] = (
         "misspelt one.",
         refusals.deepspeed_inexact,
     ),
+    Rule("optimizer-offload", "`offload.optimizer: nvme` below `zero_stage` 3.", offloading.optimizer_offload),
+    Rule("parameters-offload", "`offload.parameters` below `zero_stage` 3.", offloading.parameters_offload),
+    Rule("nvme-has-path", "`nvme` in `offload` without `offload.nvme_path`.", offloading.nvme_has_path),
     Rule(
-        "parameters-offload",
-        "`deepspeed.zero_optimization.offload_param` below `zero_stage` 3.",
-        refusals.parameters_offload,
+        "nvme-operators",
+        "`nvme` in `offload` where DeepSpeed's operators for it are not built (`make setup-nvme`, which needs libaio).",
+        offloading.nvme_operators,
     ),
 )
 

@@ -186,6 +186,25 @@ class ParallelConfig(Section):
     with the blocks' inputs, all that is kept, waiting in the CPU's memory."""
 
 
+class OffloadConfig(Section):
+    """Where training state lies when the device has no room for it (ZeRO-Offload, ZeRO-Infinity). Results are the same.
+    """
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """fp32 masters and moments, 12 bytes per parameter over the data-parallel ranks: `cpu` in the machine's memory,
+    updated by its processor; `nvme` in files, read and written once per step, which needs `zero_stage` 3."""
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Parameters while they are not computed with; needs `zero_stage` 3."""
+    nvme_path: Path | None = None
+    """Folder on a local disk (not a network or memory file system) for `nvme`. A run keeps its files in a folder of its
+    own in it, removed at the end and at the next start; checkpoints never need it."""
+
+    @property
+    def uses_nvme(self) -> bool:
+        """Whether anything lies in files."""
+        return "nvme" in (self.optimizer, self.parameters)
+
+
 class OptimizerConfig(Section):
     """The update rule. Biases and LayerNorm parameters are not decayed."""
 
@@ -318,6 +337,8 @@ class Config(Section):
     """How many sequences make a step."""
     parallel: ParallelConfig = ParallelConfig()
     """How the model is spread over ranks."""
+    offload: OffloadConfig = OffloadConfig()
+    """Where training state lies."""
     optimizer: OptimizerConfig
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -333,8 +354,8 @@ class Config(Section):
     run: RunConfig = RunConfig()
     """Where a run lives."""
     deepspeed: dict[str, JsonValue] = {}
-    """Further DeepSpeed options, passed through as they are: those that are known to leave results exact (offloading,
-    buckets, profiling; docs/reference/config.md lists them). All others, and what a field of ours decides, are
+    """Further DeepSpeed options, passed through as they are: those that are known to leave results exact (buckets,
+    profiling; docs/reference/config.md lists them). All others, and what a field of ours decides, are
     refused."""
 
     @property

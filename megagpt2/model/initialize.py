@@ -14,7 +14,7 @@ from torch import Tensor
 from megagpt2.kernels.philox import key_of, random_normal
 from megagpt2.model.parameters import Spec
 
-_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 22  # drawn at once: some 60 bytes of temporaries each
 
 
 def initial_value(spec: Spec, seed: int) -> Tensor:
@@ -26,21 +26,15 @@ def initial_value(spec: Spec, seed: int) -> Tensor:
         return local
     key = key_of(seed, "initialize", spec.name)
     row = math.prod(spec.shape[1:])  # elements in a row of the whole tensor
-
-    def rows(start: int, stop: int) -> Tensor:
-        return random_normal(key, start * row, (stop - start) * row).view(stop - start, *spec.shape[1:])
-
-    if spec.dim in (None, 0):  # contiguous rows: draw only what is here
-        ranges = spec.ranges if spec.dim == 0 else ((0, spec.shape[0]),)
-        parts = [rows(start, stop) for start, stop in ranges]
-        if spec.padding:
-            parts.append(torch.zeros(spec.padding, *spec.shape[1:]))
-        local = torch.cat(parts)
-    else:  # columns: draw whole rows, some at a time, and keep our columns
-        step = max(1, _CHUNK_ELEMENTS // row)
-        blocks = [rows(begin, min(begin + step, spec.shape[0])) for begin in range(0, spec.shape[0], step)]
-        local = torch.cat([
-            torch.cat([b.narrow(spec.dim, start, stop - start) for start, stop in spec.ranges], dim=spec.dim)
-            for b in blocks
-        ])
+    step = max(1, _CHUNK_ELEMENTS // row)
+    ranges = spec.ranges if spec.dim == 0 else ((0, spec.shape[0]),)  # rows drawn: only what is here, or all
+    local, done = torch.zeros(spec.local_shape), 0
+    for first, last in ranges:
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            drawn = random_normal(key, start * row, (stop - start) * row).view(stop - start, *spec.shape[1:])
+            if spec.dim not in (None, 0):  # of whole rows our columns
+                drawn = torch.cat([drawn.narrow(spec.dim, a, b - a) for a, b in spec.ranges], dim=spec.dim)
+            local[done : done + stop - start] = drawn
+            done += stop - start
     return local.mul_(spec.standard_deviation)

@@ -13,9 +13,9 @@ in fp32):
 
 Unlike the paper's 2 P of fp16, gradients take 4 P: they are accumulated in fp32, and BF16_Optimizer keeps and reduces
 all of them under ZeRO 1. ZeRO 3 keeps parameters of at most stage3_param_persistence_threshold elements
-(100,000) whole: biases and norms. offload_optimizer puts masters, moments
+(100,000) whole: biases and norms. offload.optimizer puts masters, moments
 and one more fp32 gradient partition (which the update reads) into the host's memory or, under ZeRO 3, onto NVMe;
-offload_param the parameters.
+offload.parameters the parameters.
 
 Activations (Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models", section 4,
 equations 1 to 4), counted for what our own blocks save for the backward pass. Bytes per token of a micro-batch, of a
@@ -97,15 +97,14 @@ def rank_bytes(config: Config, plan: Plan, place: Place) -> RankBytes:
     activations = _activations(config, plan, place)
     forward, update = _workspace(config, plan, place)
     workspace = max(forward, update - activations)  # at the update the activations are gone
-    zero = _zero_options(config)
     host = _saved_by_blocks(config, plan, place) * _in_flight(plan, place) if _inputs_wait_on_cpu(plan) else 0
-    if _offloads_optimizer(plan, zero):
+    if config.offload.optimizer != "none":
         host += states["masters"] + states["moments"]
         host += 4 * -(-place.elements // plan.data)
         states["masters"] = states["moments"] = 0
         if plan.zero_stage >= 2:
             states["gradients"] = 0
-    if _device(zero, "offload_param") != "none":
+    if config.offload.parameters != "none":
         host += states["parameters"]
         states["parameters"] = 0
     return RankBytes(**states, activations=activations, workspace=workspace, host=host)
@@ -178,7 +177,7 @@ def _workspace(config: Config, plan: Plan, place: Place) -> tuple[int, int]:
         forward += _core(model, plan, _share(model.heads, plan.tensor, place.shard))
     bucket = int(zero.get("reduce_bucket_size", _BUCKET_ELEMENTS))
     share = -(-place.elements // plan.data)
-    offloaded = _offloads_optimizer(plan, zero)
+    offloaded = config.offload.optimizer != "none"
     if plan.zero_stage < 2 and plan.precision == "bf16" and not offloaded:  # BF16_Optimizer
         update += 4 * min(place.elements, _BUCKET_ELEMENTS) if plan.data > 1 else 0
     elif plan.zero_stage < 2:
@@ -213,16 +212,6 @@ def kept_whole(config: Config) -> int:
 def _zero_options(config: Config) -> Mapping[str, Any]:
     options = config.deepspeed.get("zero_optimization", {})
     return options if isinstance(options, dict) else {}
-
-
-def _offloads_optimizer(plan: Plan, zero: Mapping[str, Any]) -> bool:
-    device = _device(zero, "offload_optimizer")
-    return device == "cpu" or (device == "nvme" and plan.zero_stage == 3)
-
-
-def _device(zero: Mapping[str, Any], section: str) -> str:
-    inner = zero.get(section)
-    return str(inner.get("device", "none")) if isinstance(inner, dict) else "none"
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {

@@ -11,14 +11,16 @@ import torch.distributed as dist
 from megagpt2.checkpoint import store
 from megagpt2.checkpoint.load import Loaded, choose, open_checkpoint
 from megagpt2.checkpoint.save import Snapshot, TrainingState
+from megagpt2.checkpoint.shards import Slices
 from megagpt2.config import Config, ConfigError
 from megagpt2.config.load import dump_config
 from megagpt2.config.rules import Plan
 from megagpt2.model.initialize import initial_value
+from megagpt2.model.parameters import specified
 from megagpt2.run.material import Material
 from megagpt2.training.engine import Engine
 from megagpt2.training.loop import Progress
-from megagpt2.training.masters import MOMENTS, create_moments, fragments, local_weights, set_values
+from megagpt2.training.masters import MOMENTS, extents, fragments, local_weights, set_values
 
 
 def broadcast_text(text: str | None, device: torch.device) -> str | None:
@@ -103,18 +105,15 @@ def load_state(engine: Engine, loaded: Loaded | None) -> Progress:
     """Fill weights, masters and moments: from the checkpoint, or from the seed. One path for both (DESIGN D5)."""
     seed, moments = engine.config.training.seed, engine.config.optimizer.name == "adamw"
     if loaded is None:
-        set_values(engine.deepspeed, engine.topology, lambda spec: initial_value(spec, seed))
-        if moments:  # left to itself, ZeRO 1 and 2 link names to moments when only the first group has them
-            create_moments(engine.deepspeed, 0)
+        # Left to itself, ZeRO 1 and 2 link names to moments when only the first group has them: create them here.
+        updates = 0 if moments else None
+        set_values(engine.deepspeed, engine.topology, lambda spec: initial_value(spec, seed), updates)
         return Progress()
-    set_values(engine.deepspeed, engine.topology, loaded.master)
     state = loaded.state
     if moments:
-        create_moments(engine.deepspeed, state.updates)
-        for fragment in fragments(engine.deepspeed, engine.topology):
-            for kind in MOMENTS:
-                value = loaded.moment(kind, fragment.spec).flatten()[fragment.start : fragment.stop]
-                fragment.tensors[kind].copy_(value)
+        set_values(engine.deepspeed, engine.topology, loaded.master, state.updates, loaded.moment)
+    else:
+        set_values(engine.deepspeed, engine.topology, loaded.master)
     engine.load_scaler(state.loss_scaler)
     return Progress(state.step, state.samples_seen, state.updates, tuple(state.losses))
 
@@ -126,15 +125,17 @@ def snapshot(engine: Engine, progress: Progress, material: Material) -> Snapshot
     kinds = () if precision == "fp32" else ("master",)  # fp32 weights are the masters
     if engine.config.optimizer.name == "adamw":
         kinds += MOMENTS
-    slices = (
-        (f.spec, f.start, {kind: f.tensors[kind] for kind in kinds})
-        for f in fragments(engine.deepspeed, engine.topology)
+    slices = Slices(
+        kinds,
+        [(extent.spec, extent.start, extent.stop) for extent in extents(engine.deepspeed, engine.topology)],
+        (fragment.tensors for fragment in fragments(engine.deepspeed, engine.topology)),
     )
     state = TrainingState(
         progress.step, progress.samples_seen, progress.updates, list(progress.losses), engine.scaler_state(),
         material.identity(engine.config),
     )
     return Snapshot(
-        local_weights(engine.deepspeed), slices, state, engine.config.model, dtype, material.tokenizer_texts,
+        [parameter.spec for parameter in specified(engine.module)], local_weights(engine.deepspeed), slices, state,
+        engine.config.model, dtype, material.tokenizer_texts,
         material.tokenizer.end_of_text if material.tokenizer else None,
     )

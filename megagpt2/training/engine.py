@@ -10,6 +10,7 @@ Every option here that is not self-evident avoids a wrong number that comes with
 - BF16_Optimizer takes each gradient when it is made (immediate_grad_update). By default it clears all bf16 gradients
   when backward reaches the output of the last pipeline stage; the head's, made before in loss_fn, would be lost.
 - torch's AdamW is handed in: DeepSpeed's own compiles at start, and its CPU form is not bitwise on resume.
+- Offload has traps of its own (offload.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.tensor import builder_for
 from megagpt2.parallel.topology import ModelParallelUnit, Topology
 from megagpt2.planning.stages import stage_bounds
+from megagpt2.training import offload
 from megagpt2.training.optimizer import build_optimizer
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -52,7 +54,7 @@ def deepspeed_options(config: Config, plan: Plan) -> dict[str, Any]:
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": config.optimizer.clip,
         "steps_per_print": _NEVER,
-        "zero_optimization": {"stage": max(1, config.parallel.zero_stage)},
+        "zero_optimization": {"stage": max(1, config.parallel.zero_stage), **offload.options(config, plan)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -121,6 +123,7 @@ class Engine:
         """Free hooks and groups (tests build many engines in one process)."""
         self.deepspeed.destroy()
         self.topology.close()
+        offload.remove_files(self.config, self.topology.rank)
 
 
 def _construct(config: Config, topology: Topology) -> tuple[nn.Module, list[int] | None]:
@@ -134,7 +137,11 @@ def _construct(config: Config, topology: Topology) -> tuple[nn.Module, list[int]
 
 
 def build_engine(config: Config, plan: Plan, topology: Topology, device: torch.device) -> Engine:
-    """Construct the model and hand it to DeepSpeed. Weights come afterwards, through the load path."""
+    """Construct the model and hand it to DeepSpeed. Weights come afterwards, through the load path.
+
+    Raises ConfigError on every rank where one can't use `offload.nvme_path`.
+    """
+    offload.prepare(config, plan, lambda flag: agree_any(flag, device))
     options = deepspeed_options(config, plan)
     partitioned = contextlib.nullcontext()
     if config.parallel.zero_stage == 3:
@@ -154,6 +161,8 @@ def build_engine(config: Config, plan: Plan, topology: Topology, device: torch.d
         adapt_engine(engine)
     if plan.precision == "fp16":  # at the smallest scale too an overflow is a skipped step: the loop counts those
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
+    if config.offload.optimizer == "nvme":
+        offload.keep_gradients_in_memory(engine.optimizer)
     return Engine(engine, topology, config, plan, device, bounds)
 
 

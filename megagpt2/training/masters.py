@@ -3,10 +3,14 @@
 ZeRO flattens parameters and hands each data-parallel rank a stretch of them. A Fragment is what one rank holds of
 one parameter: elements start .. stop - 1 of its flattened local tensor (the tensor-parallel shard), and views
 of the master and the moments there. Writing through the views changes the training state.
+
+State on NVMe is in memory one sub-group at a time, while it is looked at or filled: a fragment's tensors hold only
+until the next fragment is asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,38 +23,51 @@ from megagpt2.parallel.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Values = Callable[[Spec], Tensor]  # the local part of a parameter's fp32 value
+Moments = Callable[[str, Spec], Tensor]  # the same of one of MOMENTS
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """One rank's piece of one parameter's training state."""
+class Extent:
+    """Which elements of a parameter a rank holds the training state of."""
 
     spec: Spec
     start: int
-    tensors: dict[str, Tensor]  # "master", and the moments where the optimizer has them; fp32 [stop - start]
+    stop: int
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.tensors["master"].numel()
+
+@dataclass(frozen=True)
+class Fragment(Extent):
+    """One rank's piece of one parameter's training state."""
+
+    tensors: dict[str, Tensor]  # "master", and the moments where the optimizer has them; fp32 [stop - start]
 
 
 def _is_stage_3(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def _stage_3_fragment(engine, parameter: nn.Parameter, replica: int) -> Fragment | None:
+def _stage_3(engine) -> bool:
+    return any(_is_stage_3(parameter) for parameter in specified(engine.module))
+
+
+def _stage_3_extent(parameter: nn.Parameter, replica: int) -> Extent | None:
     """ZeRO-3 cuts every parameter by itself into equal stretches, the last one padded."""
-    zero = engine.optimizer
-    group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
     start = replica * parameter.ds_tensor.ds_numel
-    count = min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start)
-    if count <= 0:
+    stop = min(start + parameter.ds_tensor.ds_numel, parameter.ds_numel)
+    return Extent(parameter.spec, start, stop) if start < stop else None
+
+
+def _stage_3_fragment(zero, parameter: nn.Parameter, replica: int) -> Fragment | None:
+    extent = _stage_3_extent(parameter, replica)
+    if extent is None:
         return None
+    group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+    count = extent.stop - extent.start
     flat = zero.fp32_partitioned_groups_flat[group]
     tensors = {"master": flat.detach().narrow(0, offset, count)}
     state = zero.optimizer.state.get(flat, {})
     tensors |= {key: state[key].narrow(0, offset, count) for key in MOMENTS if key in state}
-    return Fragment(parameter.spec, start, tensors)
+    return Fragment(parameter.spec, extent.start, extent.stop, tensors)
 
 
 def _flat_fragment(parameter: nn.Parameter) -> Fragment | None:
@@ -60,19 +77,46 @@ def _flat_fragment(parameter: nn.Parameter) -> Fragment | None:
         return None
     tensors = {"master": mapping.hp_fragment.detach()}
     tensors |= {key: value for key, value in (mapping.optim_fragment or {}).items() if key in MOMENTS}
-    return Fragment(parameter.spec, mapping.lp_fragment_address.start, tensors)
+    start = mapping.lp_fragment_address.start
+    return Fragment(parameter.spec, start, start + tensors["master"].numel(), tensors)
+
+
+@contextlib.contextmanager
+def _in_memory(zero, group: int, changed: bool) -> Iterator[None]:
+    """Have one of ZeRO-3's sub-groups in memory, and write it back where it is changed."""
+    if not zero._swappable_optimizer_subgroup(group):
+        yield
+        return
+    zero._optimizer_states_and_gradient_swap_in(group)
+    try:
+        yield
+    finally:
+        if changed:
+            zero._optimizer_states_and_gradient_swap_out(group)
+        else:
+            zero._release_swap_buffers(group)
 
 
 def fragments(engine, topology: Topology) -> Iterator[Fragment]:
-    """This rank's pieces, in the module's order."""
-    for parameter in specified(engine.module):
-        fragment = (
-            _stage_3_fragment(engine, parameter, topology.replica)
-            if _is_stage_3(parameter)
-            else _flat_fragment(parameter)
-        )
-        if fragment is not None:
-            yield fragment
+    """This rank's pieces, in the order of `extents`; the tensors of each hold until the next is asked for."""
+    if not _stage_3(engine):
+        yield from filter(None, map(_flat_fragment, specified(engine.module)))
+        return
+    zero = engine.optimizer
+    for group, parameters in enumerate(zero.fp16_groups):
+        with _in_memory(zero, group, changed=False):
+            for parameter in parameters:
+                fragment = _stage_3_fragment(zero, parameter, topology.replica)
+                if fragment is not None:
+                    yield fragment
+
+
+def extents(engine, topology: Topology) -> list[Extent]:
+    """Which pieces this rank has, without a look at them."""
+    if not _stage_3(engine):
+        return [Extent(f.spec, f.start, f.stop) for f in fragments(engine, topology)]
+    parameters = (parameter for group in engine.optimizer.fp16_groups for parameter in group)
+    return list(filter(None, (_stage_3_extent(parameter, topology.replica) for parameter in parameters)))
 
 
 def base_optimizer(engine) -> torch.optim.Optimizer:
@@ -81,40 +125,74 @@ def base_optimizer(engine) -> torch.optim.Optimizer:
 
 
 def _flat_partitions(engine) -> list[Tensor]:
-    """The tensors that torch's optimizer updates: flat fp32 stretches."""
+    """The tensors that torch's optimizer updates below stage 3: flat fp32 stretches."""
     zero = engine.optimizer
-    for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
+    for name in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
         if hasattr(zero, name):
             return getattr(zero, name)
     raise RuntimeError(f"{type(zero).__name__} has none of DeepSpeed 0.19's fp32 partitions")
 
 
-def create_moments(engine, step: int) -> None:
-    """Make Adam's state before the first step, so that it can be filled. `step`: updates made so far."""
-    optimizer = base_optimizer(engine)
-    for flat in _flat_partitions(engine):
-        optimizer.state[flat] = {
-            "step": torch.tensor(float(step), dtype=torch.float32, device=flat.device),
-            **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
-        }
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+def _create_moments(optimizer: torch.optim.Optimizer, flat: Tensor, updates: int) -> None:
+    """Make Adam's state before the first step, so that it can be filled; what is there already is reset in place, for
+    DeepSpeed's swapping remembers the tensors themselves."""
+    state = optimizer.state[flat]
+    if not state:
+        state["step"] = torch.tensor(0.0, dtype=torch.float32, device=flat.device)
+        state.update({key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS})
+    state["step"].fill_(float(updates))
+    for key in MOMENTS:
+        state[key].zero_()
+
+
+def _fill(fragment: Fragment | None, kind: str, value: Tensor) -> None:
+    if fragment is not None:
+        fragment.tensors[kind].copy_(value.flatten()[fragment.start : fragment.stop])
 
 
 @torch.no_grad()
-def set_values(engine, topology: Topology, values: Values) -> None:
-    """Set every parameter and its master. Masters keep fp32 where the parameter is rounded to bf16 or fp16."""
+def set_values(
+    engine, topology: Topology, values: Values, updates: int | None = None, moments: Moments | None = None
+) -> None:
+    """Set every parameter and its master. Masters keep fp32 where the parameter is rounded to bf16 or fp16.
+
+    updates: where the optimizer has moments, how many updates it has made; the moments become what `moments` says,
+    else zero. Memory beside the state itself: one whole tensor at a time.
+    """
+    if _stage_3(engine):
+        _set_stage_3(engine, topology, values, updates, moments)
+        return
     for parameter in specified(engine.module):
         value = values(parameter.spec)
-        if _is_stage_3(parameter):
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # counted in the data-parallel group
-                parameter.data.copy_(value)
-            fragment = _stage_3_fragment(engine, parameter, topology.replica)
-        else:
-            parameter.data.copy_(value)
-            fragment = _flat_fragment(parameter)
-        if fragment is not None:
-            fragment.tensors["master"].copy_(value.flatten()[fragment.start : fragment.stop])
+        parameter.data.copy_(value)
+        _fill(_flat_fragment(parameter), "master", value)
+    if updates is None:
+        return
+    for flat in _flat_partitions(engine):
+        _create_moments(base_optimizer(engine), flat, updates)
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    if moments is not None:
+        for fragment in fragments(engine, topology):
+            for kind in MOMENTS:
+                _fill(fragment, kind, moments(kind, fragment.spec))
+
+
+def _set_stage_3(engine, topology: Topology, values: Values, updates: int | None, moments: Moments | None) -> None:
+    """One sub-group after the other, so that each is read and written once."""
+    zero = engine.optimizer
+    for group, parameters in enumerate(zero.fp16_groups):
+        with _in_memory(zero, group, changed=True):
+            if updates is not None:
+                _create_moments(zero.optimizer, zero.fp32_partitioned_groups_flat[group], updates)
+            for parameter in parameters:
+                value = values(parameter.spec)
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # counted in the group
+                    parameter.data.copy_(value)
+                fragment = _stage_3_fragment(zero, parameter, topology.replica)
+                _fill(fragment, "master", value)
+                for kind in MOMENTS if moments is not None and fragment is not None else ():
+                    _fill(fragment, kind, moments(kind, parameter.spec))
 
 
 @torch.no_grad()

@@ -39,8 +39,13 @@ def straight(pool, tmp_path_factory):
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:
-    """Every whole tensor of a checkpoint: weights, and optimizer state by kind."""
-    config = small_config()
+    """Every whole tensor of a checkpoint of the small model: weights, and optimizer state by kind."""
+    return contents_of(folder, {})
+
+
+def contents_of(folder: Path, changes: dict) -> dict[str, torch.Tensor]:
+    """The same of a changed model."""
+    config = small_config(**changes)
     weights, slices = Weights(folder / "model", config.model), SliceReader(folder / "optimizer")
     tensors = {}
     for parameter in GPT2(config.model, DenseBuilder(0)).parameters():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megagpt2.checkpoint.save import Snapshot, TrainingState, save_checkpoint
+from megagpt2.checkpoint.shards import Slices
 from megagpt2.config.schema import ModelConfig
 from megagpt2.model.gpt2 import GPT2
 from megagpt2.model.initialize import initial_value
@@ -59,4 +60,5 @@ def save_model(model: GPT2, config: ModelConfig, checkpoints: Path, step: int = 
     dtype = next(model.parameters()).dtype
     weights = [(parameter.spec, parameter.detach()) for parameter in model.parameters()]
     state = TrainingState(step=step, samples_seen=8 * step, updates=step)
-    return save_checkpoint(checkpoints, Snapshot(weights, [], state, config, dtype), Topology())
+    snapshot = Snapshot([spec for spec, _ in weights], weights, Slices(), state, config, dtype)
+    return save_checkpoint(checkpoints, snapshot, Topology())

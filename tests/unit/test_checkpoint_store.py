@@ -11,12 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from megagpt2.checkpoint import store
 from megagpt2.checkpoint.formats import huggingface
 from megagpt2.checkpoint.load import choose, open_checkpoint
-from megagpt2.checkpoint.shards import SliceReader, write_slices
+from megagpt2.checkpoint.shards import SliceReader, Slices, write_slices
 from megagpt2.checkpoint.store import CheckpointError
+from megagpt2.checkpoint.stream import TensorFile
 from megagpt2.model.parameters import Spec
 from megagpt2.parallel.tensor import TensorBuilder
 from megagpt2.parallel.topology import Topology
@@ -351,10 +353,10 @@ def write_layout(folder: Path, layout: list[list[tuple[Spec, int, int]]]) -> Non
     for rank, slices in enumerate(layout):
         write_slices(
             folder / f"rank_{rank:05d}.safetensors",
-            [
+            Slices.in_memory([
                 (spec, start, {k: spec.local(whole[spec.name]).flatten()[start:stop] for k, whole in KINDS.items()})
                 for spec, start, stop in slices
-            ],
+            ]),
         )
 
 
@@ -395,7 +397,8 @@ def test_absent_state_is_named(tmp_path):
     spec = specs_of(0, 1)[0]
     with pytest.raises(CheckpointError, match="holds no optimizer state"):
         SliceReader(tmp_path)
-    write_slices(tmp_path / "rank_00000.safetensors", [(spec, 0, {"master": torch.zeros(spec.shape).flatten()})])
+    zeros = {"master": torch.zeros(spec.shape).flatten()}
+    write_slices(tmp_path / "rank_00000.safetensors", Slices.in_memory([(spec, 0, zeros)]))
     reader = SliceReader(tmp_path)
     with pytest.raises(CheckpointError, match="has no exp_avg, only master"):
         reader.read("exp_avg", spec)  # the run was an SGD's
@@ -404,5 +407,29 @@ def test_absent_state_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"shape \[30, 3\], the model \[30, 4\]"):
         reader.read("master", Spec(spec.name, (30, 4)))
     (tmp_path / "rank_00001.safetensors").write_bytes(b"garbage")
-    with pytest.raises(CheckpointError, match="rank_00001.safetensors is not a file of optimizer slices"):
+    with pytest.raises(CheckpointError, match="rank_00001.safetensors is not a readable safetensors file"):
         SliceReader(tmp_path)
+
+
+def test_streamed_files_are_what_the_library_reads(tmp_path):
+    """Types, shapes, a view that is not contiguous, and an empty tensor."""
+    tensors = {
+        "a": torch.randn(5, 3), "b": torch.randn(7).bfloat16(), "view": torch.randn(4, 6).T, "none": torch.empty(0),
+        "c": torch.randn(2, 3, 4).half(),
+    }
+    entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with TensorFile(tmp_path / "x.safetensors", entries, {"format": "pt"}) as file:
+        for name, tensor in tensors.items():
+            file.add(name, tensor)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_a_streamed_file_holds_what_was_announced(tmp_path):
+    entries = [("a", torch.float32, (2,)), ("b", torch.float32, (2,))]
+    with pytest.raises(ValueError, match="b .* was added, .*'a'"), TensorFile(tmp_path / "x", entries, {}) as file:
+        file.add("b", torch.zeros(2))
+    with pytest.raises(ValueError, match="b was not added"), TensorFile(tmp_path / "x", entries, {}) as file:
+        file.add("a", torch.zeros(2))

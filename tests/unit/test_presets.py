@@ -71,6 +71,16 @@ def test_gpt2_presets_share_everything_that_is_not_size(name: str) -> None:
     assert shared(load_config(CONFIGS / name)) == shared(load_config(CONFIGS / "gpt2_117m.yaml"))
 
 
+def test_the_offloaded_1542m_is_the_same_model_trained_the_same() -> None:
+    one, other = load_config(CONFIGS / "gpt2_1542m.yaml"), load_config(CONFIGS / "gpt2_1542m_offload.yaml")
+    for section in ("data", "optimizer", "schedule", "validation"):
+        assert getattr(other, section) == getattr(one, section)
+    assert other.model.model_copy(update={"name": one.model.name}) == one.model
+    assert (other.batch.global_batch, other.training.steps) == (one.batch.global_batch, one.training.steps)
+    plan = check(other, Facts(world_size=1))
+    assert plan.precision == "bf16" and other.offload.optimizer == "nvme"
+
+
 def test_gpt1_is_post_norm_as_published() -> None:
     config = load_config(CONFIGS / "gpt1_117m.yaml")
     assert config.model.norm == "post" and config.model.vocabulary == 40478 and config.model.inner == 3072
