@@ -104,7 +104,6 @@ def _why_not(config: Config, plan: Plan) -> str | None:
     disk, locked = bytes_per_rank(config, plan)
     try:
         nvme.load_operators()
-        _remove_own(folder, dist.get_rank())  # of a run that was killed
         folder.mkdir(parents=True, exist_ok=True)
         need = disk * min(plan.world_size, int(os.environ.get("LOCAL_SIZE", plan.world_size)))
         free = shutil.disk_usage(folder).free
@@ -128,6 +127,8 @@ def prepare(config: Config, plan: Plan, agree_any) -> None:
     """
     if not config.offload.uses_nvme:
         return
+    _remove_own(run_folder(config), dist.get_rank())  # of a run that was killed
+    agree_any(False)  # all have: a folder that one makes must not be another's to remove
     problem = _why_not(config, plan)
     if agree_any(problem is not None):
         remove_files(config, dist.get_rank())
