@@ -161,6 +161,7 @@ def build_engine(config: Config, plan: Plan, topology: Topology, device: torch.d
         adapt_engine(engine)
     if config.offload.optimizer == "nvme":
         offload.keep_gradients_in_memory(engine.optimizer)
+    offload.return_freed_memory()
     return Engine(engine, topology, config, plan, device, bounds)
 
 
