@@ -14,6 +14,7 @@ multiple of 512 bytes the read fails without an error and the step uses what was
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
@@ -154,6 +155,14 @@ def keep_gradients_in_memory(zero) -> None:
 
     zero._optimizer_states_and_gradient_swap_in = with_gradients
     zero.optimizer_swapper.swap_out_gradients = lambda **_: None
+
+
+def return_freed_memory() -> None:
+    """Give the system back what was freed. DeepSpeed copies all weights while it starts, in pieces below 32 MB, which
+    the C library keeps: 4.4 GB of the 1542M model's 15 GB were such holes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc's
+        trim(ctypes.c_size_t(0))
 
 
 def remove_files(config: Config, rank: int) -> None:

@@ -45,48 +45,64 @@ def one_process_wide(pool):
     return trained(pool, 1, WIDE, "train_plain")
 
 
+def layout(name: str, ranks: int, changes: dict, slow: bool = False):
+    return pytest.param(ranks, changes, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
 @pytest.mark.parametrize(
-    "ranks, layout",
+    "ranks, changes",
     [
-        (1, {}), (2, {ZERO: 1}), (2, {ZERO: 2}), (2, {ZERO: 3}), (2, {ZERO: 3, WEIGHTS: "cpu"}), (4, {TP: 2, PP: 2}),
-        (4, {TP: 2, ZERO: 2}),
+        layout("one", 1, {}, slow=True), layout("dp2-zero1", 2, {ZERO: 1}), layout("dp2-zero2", 2, {ZERO: 2}),
+        layout("dp2-zero3", 2, {ZERO: 3}, slow=True), layout("dp2-zero3-weights", 2, {ZERO: 3, WEIGHTS: "cpu"}),
+        layout("tp2-pp2", 4, {TP: 2, PP: 2}), layout("tp2-dp2-zero2", 4, {TP: 2, ZERO: 2}, slow=True),
     ],
-    ids=["one", "dp2-zero1", "dp2-zero2", "dp2-zero3", "dp2-zero3-weights", "tp2-pp2", "tp2-dp2-zero2"],
 )
-def test_states_in_memory_train_the_same_model(pool, one_process, ranks, layout):
-    agree(trained(pool, ranks, {**CPU, **layout}), one_process)
+def test_states_in_memory_train_the_same_model(pool, one_process, ranks, changes):
+    agree(trained(pool, ranks, {**CPU, **changes}), one_process)
 
 
-@pytest.mark.parametrize("offload", [{}, CPU], ids=["device", "cpu"])
-def test_tied_copies_over_three_replicas_of_two_stages(pool, offload):
-    """Six ranks; each rank's gradients are summed over four micro-batches before the tied ones are exchanged."""
+def test_tied_copies_over_three_replicas_of_two_stages(pool):
+    """Six ranks; each rank's gradients are summed over four micro-batches before the tied ones are exchanged.
+    (tests/distributed/test_layouts.py has the same without offload.)"""
     batch = {"batch.global_batch": 12}
-    agree(trained(pool, 6, {PP: 2, **batch, **offload}), trained(pool, 1, batch, "train_plain"))
+    agree(trained(pool, 6, {PP: 2, **batch, **CPU}), trained(pool, 1, batch, "train_plain"))
 
 
 @pytest.mark.parametrize(
-    "ranks, layout", [(2, {ZERO: 2}), (2, {PP: 2}), (2, {ZERO: 3, WEIGHTS: "cpu"})], ids=["zero2", "pp2", "zero3"]
+    "ranks, changes",
+    [
+        layout("zero2", 2, {ZERO: 2}), layout("pp2", 2, {PP: 2}, slow=True),
+        layout("zero3", 2, {ZERO: 3, WEIGHTS: "cpu"}, slow=True),
+    ],
 )
-def test_bf16_is_as_near_to_fp32_with_states_in_memory(pool, one_process, ranks, layout):
-    found, rounded = trained(pool, ranks, {**BF16, **CPU, **layout}), trained(pool, 1, BF16, "train_plain")
+def test_bf16_is_as_near_to_fp32_with_states_in_memory(pool, one_process, ranks, changes):
+    found, rounded = trained(pool, ranks, {**BF16, **CPU, **changes}), trained(pool, 1, BF16, "train_plain")
     assert_rounded_as(found, one_process, rounded, BF16_FLOOR)
 
 
 @pytest.mark.parametrize(
-    "ranks, layout", [(4, {TP: 2, PP: 2}), (2, {ZERO: 1}), (4, {TP: 2, ZERO: 2}), (2, {ZERO: 3})],
-    ids=["tp2-pp2", "dp2", "tp2-dp2-zero2", "dp2-zero3"],
+    "ranks, changes",
+    [
+        layout("tp2-pp2", 4, {TP: 2, PP: 2}), layout("dp2", 2, {ZERO: 1}, slow=True),
+        layout("tp2-dp2-zero2", 4, {TP: 2, ZERO: 2}), layout("dp2-zero3", 2, {ZERO: 3}, slow=True),
+    ],
 )
-def test_clipping_uses_the_true_global_norm(pool, ranks, layout):
+def test_clipping_uses_the_true_global_norm(pool, ranks, changes):
     """With a clip far below the norm, SGD's step has that length (in units of its rate) on every layout."""
-    changes = {**SGD, "optimizer.clip": 0.25, **CPU, **layout}
+    changes = {**SGD, "optimizer.clip": 0.25, **CPU, **changes}
     step = gradients(pool.run("tests.support.train:train", ranks, changes=changes, steps=1))
     length = np.sqrt(sum(float((part.astype(np.float64) ** 2).sum()) for part in step.values()))
     assert length == pytest.approx(0.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NVME)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_state_on_nvme_trains_the_same_model(pool, one_process_wide, tmp_path, name, ranks):
+@pytest.mark.parametrize(
+    "ranks, name",
+    [
+        (2, "states"), (2, "states and weights"), pytest.param(1, "states", marks=pytest.mark.slow),
+        pytest.param(1, "states and weights", marks=pytest.mark.slow),
+    ],
+)
+def test_state_on_nvme_trains_the_same_model(pool, one_process_wide, tmp_path, ranks, name):
     need_nvme()
     agree(trained(pool, ranks, {**WIDE, **NVME[name], FOLDER: tmp_path}), one_process_wide)
     assert not list(tmp_path.iterdir())  # a run leaves nothing behind
@@ -105,7 +121,7 @@ def test_bf16_with_states_on_nvme_is_bitwise_that_of_states_in_memory(pool, tmp_
             np.testing.assert_array_equal(weight, other["after"][key][1], err_msg=key)
 
 
-@pytest.mark.parametrize("name", NVME)
+@pytest.mark.parametrize("name", [pytest.param("states", marks=pytest.mark.slow), "states and weights"])
 def test_a_checkpoint_from_nvme_goes_on_anywhere(pool, tmp_path, name):
     """Straight on = stopped and loaded again, bit by bit on the same layout; another layout goes on within 1e-5."""
     need_nvme()
