@@ -69,7 +69,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.config: Config = self.engine.config
         self.step = TrainStep(self.engine)
-        self._checked = False
+        self._checked: int | None = None  # the step whose replicas were compared last
         self._saved_step = self.progress.step if self.progress.step else -1
 
     def run(self) -> int:
@@ -81,7 +81,7 @@ class Loop:
             while self.progress.step < self.config.training.steps:
                 self._one_step()
                 every = self.config.training.check_replicas
-                if every and self.progress.step % every == 0:  # before anything of this state is saved
+                if every and self.progress.step % every == 0:
                     self._check_replicas()
                 if agree_any(signals.received is not None, self.engine.device):
                     self.monitor.event(self.progress.step, f"stopping on {signals.received or 'another rank'}")
@@ -116,10 +116,16 @@ class Loop:
             )
 
     def _tell_overflow(self, result: StepResult) -> None:
-        plan = self.engine.plan
+        plan, step = self.engine.plan, self.progress.step + 1
+        if result.loss_scale is None:
+            self.monitor.event(
+                step, "skipped: a gradient was not finite. Weights and learning rate stay as they are, the samples are"
+                " used up"
+            )
+            return
         where = describe(list(result.overflows), self.progress.samples_seen, plan.micro_batch, plan.data)
         self.monitor.event(
-            self.progress.step + 1,
+            step,
             f"skipped: a gradient overflowed at loss scale {result.loss_scale:.0f}, {where}. Weights and learning rate"
             f" stay as they are, the next loss scale is {self.engine.loss_scale:.0f}",
         )
@@ -146,18 +152,20 @@ class Loop:
 
     def _check_replicas(self) -> None:
         """Raises ReplicasDiffer. What it costs is told once."""
+        if self._checked == self.progress.step:
+            return
         begin = time.perf_counter()
         try:
             compared = check_replicas(self.engine.module, self.engine.topology)
         except ReplicasDiffer as error:
             self.monitor.event(self.progress.step, str(error))
             raise
-        if not self._checked:
+        if self._checked is None:
             seconds = time.perf_counter() - begin
             self.monitor.event(
                 self.progress.step, f"replicas agree: {compared} parameters of rank 0 compared in {seconds:.3f} s"
             )
-        self._checked = True
+        self._checked = self.progress.step
 
     def _every_so_often(self) -> None:
         step, config = self.progress.step, self.config
@@ -170,8 +178,10 @@ class Loop:
             self.save()
 
     def save(self) -> None:
-        """Save, unless this very step is saved already."""
+        """Save, unless this very step is saved already. Where replicas are compared, what is saved has been."""
         if self._saved_step != self.progress.step:
+            if self.config.training.check_replicas:
+                self._check_replicas()
             self.hooks.save(self.progress)
             self._saved_step = self.progress.step
 

@@ -17,6 +17,7 @@ from megagpt2.model.parameters import specified
 from megagpt2.parallel.topology import Topology
 
 _NAME_BYTES = 96
+_NUMBERS = 16  # bytes: two int64
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Overflow:
     replica: int
     shard: int
     micro_batch: int  # of this replica, from 0
+    order: int  # of the parameter on this rank: backward makes the gradient of a larger one earlier
     parameter: str
 
 
@@ -48,7 +50,7 @@ class OverflowWatch:
     def _note(self, index: int, gradient: Tensor) -> None:
         micro_batch = self._made[index]
         self._made[index] += 1
-        if gradient.numel():
+        if gradient.numel() and micro_batch < len(self._largest):  # others belong to no step
             self._largest[micro_batch, index] = torch.linalg.vector_norm(gradient, float("inf"), dtype=torch.float32)
 
     def first(self, topology: Topology) -> Overflow | None:
@@ -57,11 +59,17 @@ class OverflowWatch:
         if not wrong.any():
             return None
         micro_batch = int(wrong.any(dim=1).nonzero()[0])
-        index = int(wrong[micro_batch].nonzero()[-1])  # backward goes from the last layer to the first
+        orders = [self._order(index, topology) for index in range(len(self._parameters))]
+        index = max(wrong[micro_batch].nonzero().flatten().tolist(), key=orders.__getitem__)
         return Overflow(
-            topology.rank, topology.stage, topology.replica, topology.shard, micro_batch,
+            topology.rank, topology.stage, topology.replica, topology.shard, micro_batch, orders[index],
             self._parameters[index].spec.name,
         )
+
+    def _order(self, index: int, topology: Topology) -> int:
+        """Backward goes from the last layer to the first. On the last of several stages wte is the head alone."""
+        is_head = self._parameters[index].spec.tied and topology.last_stage and not topology.first_stage
+        return len(self._parameters) if is_head else index
 
     def close(self) -> None:
         for handle in self._handles:
@@ -70,11 +78,11 @@ class OverflowWatch:
 
 def gather(found: Overflow | None, topology: Topology, device: torch.device) -> list[Overflow]:
     """Every rank's first overflow, on every rank; ranks without one are left out. A collective call."""
-    mine = torch.zeros(8 + _NAME_BYTES, dtype=torch.uint8)
+    mine = torch.zeros(_NUMBERS + _NAME_BYTES, dtype=torch.uint8)
     if found is not None:
         name = found.parameter.encode()[:_NAME_BYTES]
-        mine[:8] = torch.tensor([found.micro_batch + 1]).view(torch.uint8)  # 0: none
-        mine[8 : 8 + len(name)] = torch.tensor(list(name), dtype=torch.uint8)
+        mine[:_NUMBERS] = torch.tensor([found.micro_batch + 1, found.order]).view(torch.uint8)  # 0: none
+        mine[_NUMBERS : _NUMBERS + len(name)] = torch.tensor(list(name), dtype=torch.uint8)
     mine = mine.to(device)
     every = [torch.empty_like(mine) for _ in range(topology.world_size)]
     if topology.world_size > 1:
@@ -84,11 +92,11 @@ def gather(found: Overflow | None, topology: Topology, device: torch.device) -> 
     overflows = []
     for rank, row in enumerate(every):
         row = row.cpu()
-        count = int(row[:8].clone().view(torch.int64))
+        count, order = row[:_NUMBERS].clone().view(torch.int64).tolist()
         if count:
             place = topology.place_of(rank)
-            name = bytes(row[8:].tolist()).rstrip(b"\0").decode()
-            overflows.append(Overflow(rank, place.stage, place.replica, place.shard, count - 1, name))
+            name = bytes(row[_NUMBERS:].tolist()).rstrip(b"\0").decode()
+            overflows.append(Overflow(rank, place.stage, place.replica, place.shard, count - 1, order, name))
     return overflows
 
 
@@ -96,7 +104,8 @@ def describe(overflows: list[Overflow], samples_seen: int, micro_batch: int, rep
     """Which rank, layer and samples: for people. The step began after `samples_seen` samples."""
     if not overflows:
         return "every rank's own gradients were finite: it arose in their sum"
-    first = min(overflows, key=lambda found: (found.micro_batch, -found.stage, found.rank))
+    # The last layer's is the cause: tensor parallelism passes it on to the other shards, backward to earlier layers.
+    first = min(overflows, key=lambda found: (found.micro_batch, -found.stage, -found.order, found.rank))
     begin = samples_seen + (first.micro_batch * replicas + first.replica) * micro_batch
     text = (
         f"first in {first.parameter} on rank {first.rank} (stage {first.stage}, replica {first.replica}, shard"

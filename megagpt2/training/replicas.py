@@ -23,6 +23,7 @@ from megagpt2.model.parameters import specified
 from megagpt2.parallel.topology import Topology
 
 _COLUMNS = 1024
+_PIECE = 4096 * _COLUMNS
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -35,7 +36,8 @@ class ReplicasDiffer(RuntimeError):  # noqa: N818 - it says what is the case
         more = f"\n  and {len(differences) - 8} more" if len(differences) > 8 else ""
         super().__init__(
             f"parameters that ranks hold alike have different bits:\n{shown}{more}\nThis state was not saved. Look at"
-            " the ranks that stand alone (their device's memory, their log), and resume from the newest checkpoint"
+            " the ranks that stand alone (their device's memory, their log), and resume from the newest checkpoint: its"
+            " replicas were compared before it was written"
         )
 
 
@@ -63,18 +65,32 @@ def _listed(ranks) -> str:
 def checksum(tensor: Tensor) -> Tensor:
     """Two int64 that any changed bit changes, the same in every order of summation: sums of the elements' bits,
     weighted by their row and by their column in rows of 1024."""
-    if not tensor.numel():
-        return torch.zeros(2, dtype=torch.int64, device=tensor.device)
     words = tensor.detach().contiguous().flatten().view(_INTEGER[tensor.element_size()])
-    table = F.pad(words, (0, -words.numel() % _COLUMNS)).view(-1, _COLUMNS)  # [rows, 1024]
-    sums = table.sum(1, dtype=torch.int64), table.sum(0, dtype=torch.int64)  # [rows], [1024]
-    odd = [2 * torch.arange(len(s), device=s.device) + 1 for s in sums]  # odd weights keep the lowest bits
-    return torch.stack([(s * weight).sum() for s, weight in zip(sums, odd, strict=True)])
+    by_row = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    columns = torch.zeros(_COLUMNS, dtype=torch.int64, device=tensor.device)
+    for piece in range(0, words.numel(), _PIECE):  # sums of integers may convert what they read: not all at once
+        part = words[piece : piece + _PIECE]
+        table = F.pad(part, (0, -part.numel() % _COLUMNS)).view(-1, _COLUMNS)  # [rows, 1024]
+        by_row += (table.sum(1, dtype=torch.int64) * _odd(len(table), tensor.device, piece // _COLUMNS)).sum()
+        columns += table.sum(0, dtype=torch.int64)
+    return torch.stack([by_row, (columns * _odd(_COLUMNS, tensor.device)).sum()])
 
 
-def _held(parameter: nn.Parameter) -> Tensor:
-    """What this rank keeps of a parameter between steps: under ZeRO-3 its partition."""
-    return getattr(parameter, "ds_tensor", parameter)
+def _odd(count: int, device: torch.device, start: int = 0) -> Tensor:
+    """Odd numbers, as weights: they keep the lowest bits."""
+    return 2 * torch.arange(start, start + count, device=device) + 1
+
+
+def _held(parameter: nn.Parameter, replica: int) -> Tensor:
+    """What this rank keeps of a parameter between steps: under ZeRO-3 its partition, without the padding, which is
+    whatever was in memory."""
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        return parameter
+    if not partition.numel():
+        return partition  # it is in a file
+    count = partition.ds_numel
+    return partition.flatten()[: max(0, min(count, parameter.ds_numel - replica * count))]
 
 
 def _compare(names: list[str], sums: Tensor, group: ProcessGroup | None, ranks: list[int]) -> list[Difference]:
@@ -101,7 +117,7 @@ def check_replicas(module: nn.Module, topology: Topology) -> int:
     """
     parameters = list(specified(module))
     names = [parameter.spec.name for parameter in parameters]
-    sums = torch.stack([checksum(_held(parameter)) for parameter in parameters])
+    sums = torch.stack([checksum(_held(parameter, topology.replica)) for parameter in parameters])
     cut = [hasattr(parameter, "ds_tensor") for parameter in parameters]
     whole = [index for index, is_cut in enumerate(cut) if not is_cut]
     alike = [index for index, parameter in enumerate(parameters) if not parameter.spec.sharded]

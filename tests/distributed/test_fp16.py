@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megagpt2.checkpoint.load import open_checkpoint
-from megagpt2.training.overflow import describe
+from megagpt2.data.batches import Batches
+from megagpt2.data.order import Order
+from megagpt2.training.overflow import Overflow, describe
 from tests.distributed.test_checkpoints import JOB, contents
 from tests.distributed.test_layouts import PP, SP, TP, ZERO
 from tests.support.parity import STEPS, assert_rounded_as, trained
@@ -69,13 +73,14 @@ WARM = {"schedule.name": "linear", "schedule.warmup_steps": 4, "schedule.decay_s
         (4, {PP: 2, SCALE: 1024}, 3, "rank 3 (stage 1, replica 1, shard 0), samples 14 to 15"),
         (2, {ZERO: 2}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
         (2, {ZERO: 3}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
+        (2, {TP: 2}, 1, "rank 1 (stage 0, replica 0, shard 1), samples 14 to 15"),  # an all-reduce takes it to rank 0
     ],
-    ids=["one", "pp2-dp2", "dp2-zero2", "dp2-zero3"],
+    ids=["one", "pp2-dp2", "dp2-zero2", "dp2-zero3", "tp2"],
 )
 def test_an_overflow_is_skipped_and_named(pool, ranks, layout, rank, place):
     """An Inf in the last micro-batch of the second step: it changes nothing, and the record says where it arose."""
     changes = {**FP16, **WARM, "batch.micro_batch": 2, **layout}
-    replicas = ranks // layout.get(PP, 1)
+    replicas = ranks // (layout.get(PP, 1) * layout.get(TP, 1))
     calls = 8 // (2 * replicas)  # of a layer in a step
     answers = pool.run(
         "tests.support.overflow:run", ranks, changes=changes, steps=4, layer=2, rank=rank, call=2 * calls - 1
@@ -96,6 +101,26 @@ def test_an_overflow_is_skipped_and_named(pool, ranks, layout, rank, place):
 
 def test_a_sum_of_replicas_that_overflows_is_not_laid_to_one_of_them():
     assert describe([], 0, 1, 2) == "every rank's own gradients were finite: it arose in their sum"
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 50), st.data())
+def test_the_samples_that_are_named_are_those_that_were_read(micro_batch, replicas, seen, data):
+    replica, number = data.draw(st.integers(0, replicas - 1)), data.draw(st.integers(0, 3))
+    tokens = np.arange(2000) % 7
+    batches = Batches(tokens, Order(len(tokens), 8, 0), micro_batch, replica, replicas, 7)
+    read = list(batches.global_batch(seen, 4 * micro_batch * replicas))[number].samples.tolist()
+    found = Overflow(replica, 0, replica, 0, number, 5, "h.0.ln_1.bias")
+    assert describe([found], seen, micro_batch, replicas).endswith(f"samples {read[0]} to {read[-1]}")
+
+
+@pytest.mark.parametrize("precision, layout", [("fp32", {}), ("bf16", {ZERO: 2}), ("fp32", {ZERO: 3})])
+def test_a_gradient_that_is_not_finite_is_skipped_without_a_scaler_too(pool, precision, layout):
+    changes = {"training.precision": precision, **WARM, **layout}
+    for answer in pool.run("tests.support.overflow:run", 2, changes=changes, steps=3, layer=1, rank=1, call=5):
+        assert [row[:2] for row in answer["rows"]] == [(False, None), (True, None), (False, None)]
+        assert answer["moved"] == [True, False, True] and answer["updates"] == 2
+        (step, message), = answer["events"]
+        assert step == 2 and message.startswith("skipped: a gradient was not finite")
 
 
 def test_an_overflow_at_the_smallest_scale_is_a_skipped_step_too(pool):

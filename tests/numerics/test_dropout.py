@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,10 @@ from megagpt2.kernels import extension
 from megagpt2.kernels.dropout import dropout, dropout_reference
 from megagpt2.kernels.extension import EXTENSION, Extension
 from megagpt2.kernels.philox import key_of, random_bits, random_bits_reference, random_normal
+from megagpt2.model.gpt2 import GPT2
+from megagpt2.model.layers import DenseBuilder, Dropout
+from megagpt2.parallel.tensor import TensorBuilder
+from megagpt2.parallel.topology import Topology
 from tests.support.models import dense_model, dropped, gradients, model_config, random_tokens
 
 KEY = key_of(1234, "test")
@@ -313,3 +318,19 @@ def test_setup_and_the_import_hash_alike(tmp_path):
     for name in ("a/b.cpp", "a.h", "c.cu", "d.o"):
         (tmp_path / name).write_text(name)
     assert namespace["hash_of_sources"](tmp_path) == extension.hash_of_sources(tmp_path)
+
+
+def keys(model) -> dict[tuple[str, int], int]:
+    """How often each key occurs among a model's dropouts."""
+    return Counter(module.key for module in model.modules() if isinstance(module, Dropout))
+
+
+@pytest.mark.parametrize("builder", [DenseBuilder(5), TensorBuilder(5, Topology(tensor=2, rank=1), True)])
+def test_every_layer_and_site_has_a_key_of_its_own(builder):
+    """Three sites in a block and one at the embedding: none shares its masks with another, on any layout."""
+    config = dropped(model_config(layers=3))
+    sites = [(layer, site) for layer in range(3) for site in ("attention", "attention_residual", "mlp_residual")]
+    expected = {key_of(5, "dropout", layer, site) for layer, site in [(0, "embedding"), *sites]}
+    with torch.device("meta"):
+        found = keys(GPT2(config, builder))
+    assert len(expected) == 10 and set(found) == expected and set(found.values()) == {1}

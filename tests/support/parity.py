@@ -98,6 +98,9 @@ def assert_rounded_as(found: Trained, exact: Trained, rounded: Trained, floor: f
     expected = gradients(exact.sgd)
     one, here = (tensor_errors(gradients(run.sgd), expected) for run in (rounded, found))
     wrong = {name: (here[name], one[name]) for name in one if not here[name] <= max(2 * one[name], floor)}
+    true_norms = np.array(exact.adam[0]["norms"])
+    norms, plain_norms = (error(np.array(run.adam[0]["norms"]), true_norms) for run in (found, rounded))
+    assert norms <= max(2 * plain_norms, floor / 4), f"gradient norms: {norms}, one process {plain_norms}"
     assert not wrong, f"(error, one process's error) of gradients: {wrong}"
 
 
