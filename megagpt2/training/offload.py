@@ -89,9 +89,13 @@ def bytes_per_rank(config: Config, plan: Plan) -> tuple[int, int]:
 
 
 def _remove_own(folder: Path, rank: int) -> None:
-    """Remove this rank's files, and folders that are then empty."""
+    """Remove this rank's files."""
     for path in folder.glob(f"zero_stage_3/*/rank{rank}"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folders, once no rank has files in them. Not while ranks start: one may just have made them."""
     for path in (*folder.glob("zero_stage_3/*"), folder / "zero_stage_3", folder):
         with contextlib.suppress(OSError):  # another rank's are still in it
             path.rmdir()
@@ -169,3 +173,4 @@ def remove_files(config: Config, rank: int) -> None:
     """At the end of a run: nothing of its files is needed again, for checkpoints hold everything."""
     if config.offload.uses_nvme:
         _remove_own(run_folder(config), rank)
+        _remove_empty(run_folder(config))
