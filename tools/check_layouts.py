@@ -5,9 +5,9 @@
     python tools/check_layouts.py --update docs/measurements.md       and write the table there
     python tools/check_layouts.py --precision fp32 --ranks 1 2
 
-The model has 4 layers, 5 heads and dropout 0.1; the layouts are all that rules.py allows on 1, 2 and 4 ranks. Errors are
-max|a - b| / max|b| per tensor, the largest of all tensors, against plain torch in fp32 (tests/support/parity.py says
-more). Exit code 1 if a layout is over invariant I1's limits (fp32) or I2's (bf16).
+The model has 4 layers, 5 heads and dropout 0.1; the layouts are all that rules.py allows on 1, 2 and 4 ranks.
+Errors are max|a - b| / max|b| per tensor, the largest of all tensors, against plain torch in fp32 (parity.py in
+tests/support says more). Exit code 1 if a layout is over invariant I1's limits (fp32) or I2's (bf16).
 """
 
 from __future__ import annotations
