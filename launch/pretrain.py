@@ -108,10 +108,11 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
         f" {plan.micro_batch} on each of {plan.data} replicas",
         "precision": plan.precision,
         "operators": EXTENSION.describe(engine.device.type),
-        "offload": f"optimizer {config.offload.optimizer}, parameters {config.offload.parameters}",
         "devices": f"{environment.world_size} x {engine.device.type}, started by {environment.launcher}",
         "run": str(config.run.directory),
     }
+    if (config.offload.optimizer, config.offload.parameters) != ("none", "none"):
+        rows["offload"] = f"optimizer {config.offload.optimizer}, parameters {config.offload.parameters}"
     if engine.bounds:
         rows["stages"] = "; ".join(map(str, stage_shares(model, config.sequence_length, engine.bounds)))
     return rows
