@@ -1,11 +1,11 @@
 """Train the small model on every legal layout, and tabulate how far each is from plain torch on one process.
 
-    python tools/check_layouts.py                                     all of them: some 20 minutes on two cores
+    python tools/check_layouts.py                                     all of them: some 25 minutes on two cores
     python tools/check_layouts.py --pairwise                          a few that hold every pair of choices
     python tools/check_layouts.py --update docs/measurements.md       and write the table there
     python tools/check_layouts.py --precision fp32 --ranks 1 2
 
-The model has 4 layers, 5 heads and dropout 0.1; the layouts are all that rules.py allows on 1, 2 and 4 ranks.
+The model has 4 layers, 5 heads and dropout 0.1; the layouts are all that rules.py allows on 1 to 4 ranks.
 Errors are max|a - b| / max|b| per tensor, the largest of all tensors, against plain torch in fp32 (parity.py in
 tests/support says more). Exit code 1 if a layout is over invariant I1's limits (fp32) or I2's (bf16).
 """
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.matrix import all_layouts, check_layout, pairwise_cover, references  # noqa: E402
+from tests.support.matrix import WORLDS, References, all_layouts, check_layout, pairwise_cover  # noqa: E402
 from tests.support.parity import Errors  # noqa: E402
 from tests.support.pool import Pool  # noqa: E402
 
@@ -67,7 +67,7 @@ def replace_section(path: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--ranks", nargs="+", type=int, choices=(1, 2, 3, 4), default=[1, 2, 4], metavar="N")
+    parser.add_argument("--ranks", nargs="+", type=int, choices=WORLDS, default=WORLDS, metavar="N")
     parser.add_argument("--pairwise", action="store_true", help="only the cover that the fast tests run")
     parser.add_argument("--update", type=Path, metavar="FILE", help=f"write the table between {BEGIN} and {END}")
     arguments = parser.parse_args()
@@ -82,20 +82,21 @@ def main() -> int:
     rows: dict[str, dict[str, Errors]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        reference = references(pool)
+        references = References(pool)
+        plain = Errors.of(references.of("bf16", 1), references.of("fp32", 1))
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("layouts", total=len(plans))
             for plan in plans:
                 progress.update(task, description=f"{plan.name} {plan.precision}")
                 try:
-                    rows.setdefault(plan.name, {})[plan.precision] = check_layout(pool, plan, reference)
+                    rows.setdefault(plan.name, {})[plan.precision] = check_layout(pool, plan, references)
                 except AssertionError as error:
                     failed += 1
                     console.print(f"{plan.name} in {plan.precision}: {error}", markup=False)
                 progress.advance(task)
     finally:
         pool.stop()
-    text = markdown(rows, Errors.of(reference["bf16"], reference["fp32"]), time.monotonic() - begin)
+    text = markdown(rows, plain, time.monotonic() - begin)
     console.print(text, markup=False)
     if arguments.update and not failed:
         replace_section(arguments.update, text)

@@ -10,20 +10,26 @@ from megagpt2.config.rules import Facts, Plan, legal_layouts
 from tests.support.parity import Errors, Trained, assert_exact, assert_rounded_as, trained
 from tests.support.train import small_config
 
-BATCH = {"batch.global_batch": 8, "batch.micro_batch": 2}
+MICRO_BATCH = 2
+WORLDS = (1, 2, 3, 4)
 BF16_FLOOR = 2.0**-6  # two bits of bf16's eight
 _FACTS = Facts(world_size=1, device="cpu", bf16=True, fp16=True, deepspeed=True)
 
 
-def all_layouts(precisions: Iterable[str] = ("fp32", "bf16"), worlds: Iterable[int] = (1, 2, 4)) -> list[Plan]:
+def _request(precision: str, world: int) -> dict:
+    """8 samples a step; 12 on three ranks, so that three replicas have as many each."""
+    samples = 12 if world == 3 else 8
+    return {"batch.global_batch": samples, "batch.micro_batch": MICRO_BATCH, "training.precision": precision}
+
+
+def all_layouts(precisions: Iterable[str] = ("fp32", "bf16"), worlds: Iterable[int] = WORLDS) -> list[Plan]:
     """As rules.py enumerates them: what it comes to allow is tested by being allowed."""
-    configs = [small_config(**BATCH, **{"training.precision": precision}) for precision in precisions]
-    return [plan for config in configs for plan in legal_layouts(config, worlds, _FACTS)]
-
-
-def changes(plan: Plan) -> dict:
-    """The request behind a layout."""
-    return {**BATCH, "training.precision": plan.precision, **plan.changes()}
+    return [
+        plan
+        for precision in precisions
+        for world in worlds
+        for plan in legal_layouts(small_config(**_request(precision, world)), [world], _FACTS)
+    ]
 
 
 def pairs(plan: Plan) -> set[tuple]:
@@ -49,20 +55,30 @@ def pairwise_cover(plans: list[Plan]) -> list[Plan]:
     return chosen
 
 
-def references(pool) -> dict[str, Trained]:
-    """Plain torch on one process, by precision."""
-    return {
-        precision: trained(pool, 1, {**BATCH, "training.precision": precision}, "train_plain")
-        for precision in ("fp32", "bf16")
-    }
+class References:
+    """Plain torch on one process, for each batch and precision trained when it is first asked for."""
+
+    def __init__(self, pool) -> None:
+        self._pool = pool
+        self._trained: dict[tuple, Trained] = {}
+
+    def of(self, precision: str, world: int) -> Trained:
+        """What a layout on that many ranks must come to."""
+        request = _request(precision, world)
+        key = tuple(request.values())
+        if key not in self._trained:
+            self._trained[key] = trained(self._pool, 1, request, "train_plain")
+        return self._trained[key]
 
 
-def check_layout(pool, plan: Plan, reference: dict[str, Trained]) -> Errors:
+def check_layout(pool, plan: Plan, references: References) -> Errors:
     """Train it; assert invariant I1 or I2; its errors against fp32."""
-    found = trained(pool, plan.world_size, changes(plan))
-    errors = Errors.of(found, reference["fp32"])
-    if plan.precision == "fp32":
+    precision, world = plan.precision, plan.world_size
+    found = trained(pool, world, {**_request(precision, world), **plan.changes()})
+    exact = references.of("fp32", world)
+    errors = Errors.of(found, exact)
+    if precision == "fp32":
         assert_exact(errors)
     else:
-        assert_rounded_as(found, reference["fp32"], reference[plan.precision], BF16_FLOOR)
+        assert_rounded_as(found, exact, references.of(precision, world), BF16_FLOOR)
     return errors
