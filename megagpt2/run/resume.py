@@ -17,34 +17,18 @@ from megagpt2.config.load import dump_config
 from megagpt2.config.rules import Plan
 from megagpt2.model.initialize import initial_value
 from megagpt2.model.parameters import specified
+from megagpt2.parallel.messages import broadcast_text, gather_texts
 from megagpt2.run.material import Material
 from megagpt2.training.engine import Engine
 from megagpt2.training.loop import Progress
 from megagpt2.training.masters import MOMENTS, extents, fragments, local_weights, set_values
 
 
-def broadcast_text(text: str | None, device: torch.device) -> str | None:
-    """Rank 0's text on every rank: as bytes, never pickled."""
-    payload = None if text is None else text.encode()
-    length = torch.tensor([-1 if payload is None else len(payload)], device=device)
-    dist.broadcast(length, 0)
-    count = int(length.item())
-    if count < 0:
-        return None
-    data = torch.zeros(count, dtype=torch.uint8, device=device)
-    if dist.get_rank() == 0:
-        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    dist.broadcast(data, 0)
-    return bytes(data.cpu().numpy()).decode()
-
-
 def agree_on_request(config: Config, plan: Plan, material: Material, device: torch.device) -> None:
     """Refuse to train ranks together whose requests differ (a stale file on one node, another processor)."""
     text = f"{dump_config(config)}{plan}{material.identity(config)}"
-    mine = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8, device=device)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    other = [rank for rank, theirs in enumerate(every) if not torch.equal(theirs, every[0])]
+    every = gather_texts(hashlib.sha256(text.encode()).hexdigest(), device)
+    other = [rank for rank, theirs in enumerate(every) if theirs != every[0]]
     if other:
         raise ConfigError(
             f"ranks {other} were asked for something else than rank 0: compare their configuration files, corpora and"

@@ -6,18 +6,16 @@ an Inf is in all of them. Nothing waits for the device unless a step was skipped
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt2.model.parameters import specified
+from megagpt2.parallel.messages import gather_texts
 from megagpt2.parallel.topology import Topology
-
-_NAME_BYTES = 96
-_NUMBERS = 16  # bytes: two int64
 
 
 @dataclass(frozen=True)
@@ -76,28 +74,10 @@ class OverflowWatch:
             handle.remove()
 
 
-def gather(found: Overflow | None, topology: Topology, device: torch.device) -> list[Overflow]:
+def gather(found: Overflow | None, device: torch.device) -> list[Overflow]:
     """Every rank's first overflow, on every rank; ranks without one are left out. A collective call."""
-    mine = torch.zeros(_NUMBERS + _NAME_BYTES, dtype=torch.uint8)
-    if found is not None:
-        name = found.parameter.encode()[:_NAME_BYTES]
-        mine[:_NUMBERS] = torch.tensor([found.micro_batch + 1, found.order]).view(torch.uint8)  # 0: none
-        mine[_NUMBERS : _NUMBERS + len(name)] = torch.tensor(list(name), dtype=torch.uint8)
-    mine = mine.to(device)
-    every = [torch.empty_like(mine) for _ in range(topology.world_size)]
-    if topology.world_size > 1:
-        dist.all_gather(every, mine)
-    else:
-        every = [mine]
-    overflows = []
-    for rank, row in enumerate(every):
-        row = row.cpu()
-        count, order = row[:_NUMBERS].clone().view(torch.int64).tolist()
-        if count:
-            place = topology.place_of(rank)
-            name = bytes(row[_NUMBERS:].tolist()).rstrip(b"\0").decode()
-            overflows.append(Overflow(rank, place.stage, place.replica, place.shard, count - 1, order, name))
-    return overflows
+    mine = "" if found is None else json.dumps(asdict(found))
+    return [Overflow(**json.loads(text)) for text in gather_texts(mine, device) if text]
 
 
 def describe(overflows: list[Overflow], samples_seen: int, micro_batch: int, replicas: int) -> str:

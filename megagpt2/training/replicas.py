@@ -10,8 +10,9 @@ training would tell: each rank goes on with its own numbers, and the loss is onl
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megagpt2.model.parameters import specified
+from megagpt2.parallel.messages import gather_texts
 from megagpt2.parallel.topology import Topology
 
 _COLUMNS = 1024
@@ -129,7 +131,7 @@ def check_replicas(module: nn.Module, topology: Topology) -> int:
         [names[i] for i in alike], sums[alike], topology.tensor_group, topology.tensor_ranks(stage, replica)
     )
     found += _compare_tied(parameters, sums, topology)
-    _tell_all(found, topology, sums.device)
+    _tell_all(found, sums.device)
     compared = set(whole if topology.data > 1 else []) | set(alike if topology.tensor > 1 else [])
     tied = {i for i, parameter in enumerate(parameters) if parameter.spec.tied and topology.pipeline > 1}
     return len(compared | tied)
@@ -150,22 +152,10 @@ def _compare_tied(parameters: list[nn.Parameter], sums: Tensor, topology: Topolo
     return [Difference("wte.weight (tied)", ends, ends)]
 
 
-def _tell_all(found: list[Difference], topology: Topology, device: torch.device) -> None:
+def _tell_all(found: list[Difference], device: torch.device) -> None:
     """Raise on every rank what any rank found: those of another group must not go on alone."""
-    text = "\n".join(f"{d.parameter}\t{','.join(map(str, d.ranks))}\t{','.join(map(str, d.holders))}" for d in found)
-    if topology.world_size == 1:
-        return
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(topology.world_size)]
-    dist.all_gather(lengths, torch.tensor([len(data)], device=device))
-    longest = max(int(length) for length in lengths)
-    if not longest:
-        return
-    rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in lengths]
-    dist.all_gather(rows, F.pad(data, (0, longest - len(data))))
-    differences = set()
-    for row, length in zip(rows, lengths, strict=True):
-        for line in bytes(row[: int(length)].tolist()).decode().splitlines():
-            name, ranks, holders = line.split("\t")
-            differences.add(Difference(name, *(tuple(map(int, part.split(","))) for part in (ranks, holders))))
-    raise ReplicasDiffer(sorted(differences))
+    mine = json.dumps([astuple(difference) for difference in found]) if found else ""
+    told = [json.loads(text) for text in gather_texts(mine, device) if text]
+    if told:
+        every = {Difference(name, tuple(ranks), tuple(holders)) for found in told for name, ranks, holders in found}
+        raise ReplicasDiffer(sorted(every))

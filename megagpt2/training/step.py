@@ -79,7 +79,7 @@ class TrainStep:
         skipped = engine.deepspeed.skipped_steps > skipped_before
         overflows = ()
         if skipped and self.watch:
-            overflows = tuple(gather(self.watch.first(engine.topology), engine.topology, engine.device))
+            overflows = tuple(gather(self.watch.first(engine.topology), engine.device))
         return StepResult(
             loss=loss,
             gradient_norm=engine.gradient_norm,

@@ -18,7 +18,7 @@ from tests.distributed.test_checkpoints import contents_of
 from tests.distributed.test_layouts import agree
 from tests.support.matrix import BF16_FLOOR
 from tests.support.nvme import need_nvme
-from tests.support.parity import SGD, assert_rounded_as, gradients, trained
+from tests.support.parity import assert_rounded_as, clipped_length, trained
 
 TP, PP, ZERO = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.zero_stage"
 STATES, WEIGHTS, FOLDER = "offload.optimizer", "offload.parameters", "offload.nvme_path"
@@ -88,11 +88,7 @@ def test_bf16_is_as_near_to_fp32_with_states_in_memory(pool, one_process, ranks,
     ],
 )
 def test_clipping_uses_the_true_global_norm(pool, ranks, changes):
-    """With a clip far below the norm, SGD's step has that length (in units of its rate) on every layout."""
-    changes = {**SGD, "optimizer.clip": 0.25, **CPU, **changes}
-    step = gradients(pool.run("tests.support.train:train", ranks, changes=changes, steps=1))
-    length = np.sqrt(sum(float((part.astype(np.float64) ** 2).sum()) for part in step.values()))
-    assert length == pytest.approx(0.25, rel=1e-5)
+    assert clipped_length(pool, ranks, {**CPU, **changes}, 0.25) == pytest.approx(0.25, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,13 @@ def tensor_errors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray])
     return {name: error(without_keys(name, found[name]), without_keys(name, expected[name])) for name in expected}
 
 
+def clipped_length(pool, ranks: int, changes: dict, clip: float) -> float:
+    """How long the gradient was that one step of SGD applied, with a clip far below its norm: `clip`, if the norm was
+    the true one. (DeepSpeed divides by norm + 1e-6.)"""
+    parts = pool.run("tests.support.train:train", ranks, changes={**SGD, "optimizer.clip": clip, **changes}, steps=1)
+    return np.sqrt(sum(float((part.astype(np.float64) ** 2).sum()) for part in gradients(parts).values()))
+
+
 @dataclass(frozen=True)
 class Trained:
     """What two short runs of a layout gave: Adam over STEPS steps (`adam`), one step of SGD (`sgd`), by rank."""

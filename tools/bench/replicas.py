@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from common import Row, arguments, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,11 +23,12 @@ from tests.support.pool import Pool  # noqa: E402
 EVERY = 100
 
 
-def timed(layers: int, repetitions: int) -> tuple[float, float, int]:
-    """A job on every rank: median seconds of a step and of a comparison, and the bytes that were compared."""
+def timed(layers: int, repetitions: int, threads: int) -> tuple[float, float, int]:
+    """A job on each rank, with so many threads: median seconds of a step and of a comparison, bytes compared."""
     from megagpt2.training.replicas import check_replicas
     from tests.support.train import start
 
+    torch.set_num_threads(threads)
     config = small(layers)
     engine, step, batches = start(config)
     size = config.batch.global_batch
@@ -57,10 +59,12 @@ def small(layers: int):
 def main() -> int:
     parser = arguments(__doc__, repetitions=5)
     parser.add_argument("--layers", type=int, default=12, metavar="N")
+    parser.set_defaults(threads=max(1, torch.get_num_threads() // 2))  # of each of the two processes
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     pool = Pool(2)
     try:
-        job = {"layers": options.layers, "repetitions": options.repetitions}
+        job = {"layers": options.layers, "repetitions": options.repetitions, "threads": options.threads}
         step, check, held = pool.run("tools.bench.replicas:timed", 2, timeout=600.0, **job)[0]
     finally:
         pool.stop()
