@@ -6,8 +6,9 @@
                                   and nvcc is there (a GPU need not be: login nodes build for compute nodes)
 
 The flags name no processor: the operators choose among vector instructions when they run, so login nodes build for
-compute nodes of another kind. The module remembers which torch and which sources it was built from, and
-megagpt2/kernels/extension.py leaves it alone when they are not those at hand.
+compute nodes of another kind. The module remembers which sources it was built from, and megagpt2/kernels/extension.py
+leaves it alone when they are not those at hand. Python's and torch's stable interfaces let one build serve later ones
+of both.
 
 Everything else about the package is in pyproject.toml.
 """
@@ -58,11 +59,12 @@ def extension_arguments() -> dict:
         )
     with_cuda = torch.version.cuda is not None and has_nvcc(cpp_extension.CUDA_HOME)
     paths = [ROOT / "csrc" / "bindings.cpp", *sorted(ROOT.glob("csrc/*/*.cpp"))]
-    # As flags they make ninja compile anew for another torch. "s": a macro's text that starts with a letter.
-    stamp = [f"-DMEGAGPT2_TORCH={torch.__version__}", f"-DMEGAGPT2_SOURCES=s{hash_of_sources(ROOT / 'csrc')}"]
-    flags = {"cxx": ["-O3", "-g0", "-Wno-maybe-uninitialized", *stamp]}  # GCC 12 warns of its own AVX512 header
+    # Stable interfaces alone, of Python 3.11 and torch 2.11 on. "s": a macro's text that starts with a letter.
+    stamp = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMEGAGPT2_SOURCES=s{hash_of_sources(ROOT / 'csrc')}"]
+    # GCC 12 warns of its own AVX512 header, and of an interface between files that vectors don't cross.
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-psabi", *stamp]}
     if sys.platform == "linux":
-        flags["cxx"].append("-fopenmp")  # without it at::parallel_for runs on one thread
+        flags["cxx"].append("-fopenmp")
     if with_cuda:
         paths += sorted(ROOT.glob("csrc/*/*.cu"))
         flags["cxx"].append("-DMEGAGPT2_CUDA")
@@ -73,11 +75,12 @@ def extension_arguments() -> dict:
         sources=[str(path.relative_to(ROOT)) for path in paths],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args=flags,
+        py_limited_api=True,
     )
     # force: whether something has to be compiled is ninja's to decide, which looks at headers and flags too
     return {
         "ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension},
-        "options": {"build_ext": {"force": True}},
+        "options": {"build_ext": {"force": True}, "bdist_wheel": {"py_limited_api": "cp311"}},
     }
 
 

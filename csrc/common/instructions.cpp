@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <string>
 
-#include <c10/util/Exception.h>
+#include <torch/headeronly/util/Exception.h>
 
 #ifdef MEGAGPT2_X86
 #include <cpuid.h>
@@ -41,9 +41,9 @@ Instructions choose() {
   } else if (name == "avx512") {
     wanted = Instructions::avx512;
   } else {
-    TORCH_CHECK(name == "portable", "MEGAGPT2_CPU is ", name, ": set it to portable, avx2 or avx512, or leave it out");
+    STD_TORCH_CHECK(name == "portable", "MEGAGPT2_CPU is ", name, ": set it to portable, avx2 or avx512, or leave it out");
   }
-  TORCH_CHECK(wanted <= have, "MEGAGPT2_CPU is ", name, ", which this processor has not: leave it out");
+  STD_TORCH_CHECK(wanted <= have, "MEGAGPT2_CPU is ", name, ", which this processor has not: leave it out");
   return wanted;
 }
 

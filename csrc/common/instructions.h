@@ -15,7 +15,7 @@ namespace megagpt2 {
 enum class Instructions { portable, avx2, avx512 };
 
 // The best that this processor has; the environment variable MEGAGPT2_CPU (portable, avx2, avx512) asks for another.
-// Read once. Throws c10::Error for a name that isn't known, or that this processor has not.
+// Read once. Throws std::runtime_error for a name that isn't known, or that this processor has not.
 Instructions instructions();
 
 }  // namespace megagpt2

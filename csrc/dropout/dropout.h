@@ -4,13 +4,13 @@
 
 #include <cstdint>
 
-#include <ATen/core/Tensor.h>
+#include "common/tensor.h"
 
 namespace megagpt2 {
 
 // x [batch, ...], float64, float32, bfloat16 or float16; samples int64 [batch]; the result is contiguous. x[i] holds
-// elements start, start + 1, ... of sample samples[i]. Throws c10::Error for anything else.
-at::Tensor dropout_cpu(
-    const at::Tensor& x, const at::Tensor& samples, int64_t key0, int64_t key1, double probability, int64_t start);
+// elements start, start + 1, ... of sample samples[i]. Throws std::runtime_error for anything else.
+Tensor dropout_cpu(
+    Tensor x, Tensor samples, int64_t key0, int64_t key1, double probability, int64_t start);
 
 }  // namespace megagpt2

@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include <ATen/ops/empty.h>
+#include <torch/csrc/stable/library.h>
 
 #include "common/instructions.h"
 
@@ -102,30 +102,36 @@ void fill_words(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample
 
 Key make_key(int64_t key0, int64_t key1) {
   constexpr int64_t largest = std::numeric_limits<uint32_t>::max();
-  TORCH_CHECK_VALUE(
+  STD_TORCH_CHECK(
       key0 >= 0 && key0 <= largest && key1 >= 0 && key1 <= largest,
       "the key is (", key0, ", ", key1, "): give two words in [0, 2**32), as key_of makes them");
   return {static_cast<uint32_t>(key0), static_cast<uint32_t>(key1)};
 }
 
-void check_place(const at::Tensor& samples, int64_t start, int64_t count) {
-  TORCH_CHECK_VALUE(
-      samples.scalar_type() == at::kLong && samples.dim() == 1 && samples.device().is_cpu(),
-      "samples are ", samples.toString(), " ", samples.sizes(), ": give the number of each sample, int64 [batch]");
-  TORCH_CHECK_VALUE(
+void check_place(const Tensor& samples, int64_t start, int64_t count) {
+  STD_TORCH_CHECK(
+      samples.scalar_type() == ScalarType::Long && samples.dim() == 1 && samples.is_cpu(),
+      "give the number of each sample, int64 [batch], on the CPU");
+  STD_TORCH_CHECK(
       start >= 0 && count >= 0 && start <= std::numeric_limits<int64_t>::max() - kTileWords - count,
       "start is ", start, " and count is ", count, ": elements have numbers from 0 to 2**63 - 257");
 }
 
-at::Tensor random_bits_cpu(int64_t key0, int64_t key1, const at::Tensor& samples, int64_t start, int64_t count) {
+Tensor random_bits_cpu(int64_t key0, int64_t key1, Tensor samples, int64_t start, int64_t count) {
   check_place(samples, start, count);
-  const at::Tensor rows = samples.contiguous();
-  at::Tensor bits = at::empty({rows.numel(), count}, samples.options());
-  int64_t* out = bits.data_ptr<int64_t>();
+  const Tensor rows = packed(samples);
+  Tensor bits = empty(samples, {rows.numel(), count});
+  int64_t* out = mutable_data<int64_t>(bits);
   for_each_tile(
-      rows.const_data_ptr<int64_t>(), rows.numel(), start, count, make_key(key0, key1),
+      data<int64_t>(rows), rows.numel(), start, count, make_key(key0, key1),
       [out](int64_t offset, const uint32_t* words, int64_t n) { std::copy(words, words + n, out + offset); });
   return bits;
 }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {
+  m.def("random_bits(int key0, int key1, Tensor samples, SymInt start, SymInt count) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megagpt2, CPU, m) { m.impl("random_bits", TORCH_BOX(&random_bits_cpu)); }
 
 }  // namespace megagpt2

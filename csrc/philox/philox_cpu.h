@@ -4,9 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
+#include "common/instructions.h"
+#include "common/tensor.h"
 #include "philox/philox.h"
 
 namespace megagpt2 {
@@ -19,11 +18,11 @@ constexpr int64_t kTilesPerTask = 128;  // what is worth waking a thread for: 32
 // write past 4 * blocks.
 void fill_words(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key);
 
-// The two key words of an operator's arguments. Throws c10::Error where they aren't 32-bit words.
+// The two key words of an operator's arguments. Throws std::runtime_error where they aren't 32-bit words.
 Key make_key(int64_t key0, int64_t key1);
 
-// Throws c10::Error unless these are sample numbers on the CPU and a place that elements can have.
-void check_place(const at::Tensor& samples, int64_t start, int64_t count);
+// Throws std::runtime_error unless these are sample numbers on the CPU and a place that elements can have.
+void check_place(const Tensor& samples, int64_t start, int64_t count);
 
 // Calls tile(offset, words, n) for pieces that make up [0, batch * count): words are the bits of the n elements at
 // `offset` of a contiguous [batch, count], whose rows hold elements start, start + 1, ... of their samples.
@@ -31,9 +30,10 @@ void check_place(const at::Tensor& samples, int64_t start, int64_t count);
 template <typename Tile>
 void for_each_tile(const int64_t* samples, int64_t batch, int64_t start, int64_t count, Key key, const Tile& tile) {
   if (batch == 0 || count == 0) return;
+  instructions();  // what it throws is lost on another thread
   const int64_t first = start / 4, last = (start + count - 1) / 4 + 1;  // counters that cover a row
   const int64_t tiles = (last - first + kTileBlocks - 1) / kTileBlocks;
-  at::parallel_for(0, batch * tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch * tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
     alignas(64) uint32_t words[kTileWords];
     for (int64_t number = begin; number < end; ++number) {
       const int64_t row = number / tiles, block = first + number % tiles * kTileBlocks;
@@ -47,6 +47,6 @@ void for_each_tile(const int64_t* samples, int64_t batch, int64_t start, int64_t
 }
 
 // int64 [batch, count] with values in [0, 2**32): the bits of elements start .. start + count - 1 of each sample.
-at::Tensor random_bits_cpu(int64_t key0, int64_t key1, const at::Tensor& samples, int64_t start, int64_t count);
+Tensor random_bits_cpu(int64_t key0, int64_t key1, Tensor samples, int64_t start, int64_t count);
 
 }  // namespace megagpt2

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.extension import EXTENSION, TYPES
 from megagpt2.kernels.philox import random_bits, random_bits_reference
 
 
@@ -37,7 +37,7 @@ def dropout(x: Tensor, samples: Tensor, key: tuple[int, int], probability: float
 
     samples: int64 [batch], the number of each sample in the run, which never repeats. probability: in [0, 1).
     """
-    if EXTENSION.serves(x, samples):
+    if EXTENSION.serves(x, samples, types=TYPES | {torch.float64}):
         return torch.ops.megagpt2.dropout(x, samples, *key, probability, start)
     return dropout_reference(x, samples, key, probability, start)
 

@@ -1,8 +1,8 @@
 """Whether the compiled operators of csrc/ are there to be used. Every kernel's dispatch asks here.
 
-They are used where `megagpt2._C` was built from the sources and the torch at hand, on the devices that an operator
-supports. Otherwise the references in plain torch compute the same numbers: the random bits are equal,
-so a run may change from one to the other. MEGAGPT2_REFERENCE=1 in the environment asks for the references.
+They are used where `megagpt2._C` was built from the sources at hand, for the devices and element types that it knows.
+Otherwise the references in plain torch compute the same: the random bits are equal, everything else up to rounding.
+MEGAGPT2_REFERENCE=1 in the environment asks for the references.
 """
 
 from __future__ import annotations
@@ -18,25 +18,36 @@ import torch
 
 MODULE = "megagpt2._C"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"  # in an installation without them there is nothing to compare
+TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _SUFFIXES = (".h", ".cpp", ".cu")
 
 
 @dataclass(frozen=True)
 class Extension:
-    """The compiled operators, or why there are none."""
+    """The compiled operators, or why there are none. cuda: whether they include those for CUDA devices."""
 
     compiled: bool
     reason: str = ""
+    cuda: bool = False
 
     def describe(self, device: str) -> str:
         """For people: what runs on a device of this type."""
-        if self.compiled and device != "cpu":
-            return f"reference (the compiled operators are for CPUs, not {device})"
-        return "C++" if self.compiled else f"reference ({self.reason})"
+        if not self.compiled:
+            return f"reference ({self.reason})"
+        if device == "cpu":
+            return "C++"
+        if device == "cuda" and self.cuda:
+            return "CUDA"
+        return f"reference (the compiled operators were built without {device})"
 
-    def serves(self, *tensors: torch.Tensor) -> bool:
-        """Whether a compiled operator takes these tensors: so far all of them are on the CPU."""
-        return self.compiled and all(tensor.device.type == "cpu" for tensor in tensors)
+    def serves(self, *tensors: torch.Tensor, types: frozenset[torch.dtype] = TYPES) -> bool:
+        """Whether a compiled operator takes these: all on one kind of device, floating-point ones of `types`."""
+        devices = {tensor.device.type for tensor in tensors}
+        return (
+            self.compiled
+            and (devices == {"cpu"} or (devices == {"cuda"} and self.cuda))
+            and all(tensor.dtype in types for tensor in tensors if tensor.is_floating_point())
+        )
 
 
 def hash_of_sources(folder: Path) -> str:
@@ -57,13 +68,9 @@ def load(environment: Mapping[str, str], sources: Path = SOURCES) -> Extension:
         return Extension(False, f"{MODULE} is not built: make setup")
     except (ImportError, OSError) as error:  # as another torch's: symbols that this one has not
         return Extension(False, f"{MODULE} can't be loaded, build it again with make setup: {error}")
-    if torch.__version__ != module.TORCH:
-        return Extension(
-            False, f"{MODULE} was built for torch {module.TORCH}, this is {torch.__version__}: make setup"
-        )
     if sources.is_dir() and f"s{hash_of_sources(sources)}" != module.SOURCES:
         return Extension(False, f"{MODULE} was built from other sources than {sources}: make setup")
-    return Extension(True)
+    return Extension(True, cuda=bool(module.CUDA))
 
 
 EXTENSION = load(os.environ)

@@ -229,7 +229,7 @@ def test_every_set_of_vector_instructions_draws_the_same():
     [
         ({"samples": torch.tensor([1])}, "1 samples: give one for each"),
         ({"samples": torch.tensor([1, 2], dtype=torch.int32)}, "int64"),
-        ({"x": torch.zeros(2, 3, dtype=torch.int64)}, "floating-point"),
+        ({"x": torch.zeros(2, 3, dtype=torch.int64)}, "float32, bfloat16 and float16"),
         ({"x": torch.tensor(1.0)}, "give one for each"),
         ({"probability": 1.0}, "below 1"),
         ({"probability": math.nan}, "below 1"),
@@ -244,7 +244,7 @@ def test_what_makes_no_sense_is_refused(changes, complaint):
     arguments = {
         "x": torch.zeros(2, 3), "samples": torch.tensor([1, 2]), "key0": 1, "key1": 2, "probability": 0.1, "start": 0,
     }
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(RuntimeError, match=complaint):
         torch.ops.megagpt2.dropout(**(arguments | changes))
 
 
@@ -266,14 +266,13 @@ class TestWhichIsUsed:
         monkeypatch.setattr(extension.importlib, "import_module", import_module)
         return extension.load(environment, tmp_path)
 
-    def built(self, tmp_path, **changes):
-        facts = {"TORCH": torch.__version__, "SOURCES": f"s{extension.hash_of_sources(tmp_path)}"}
-        return SimpleNamespace(**(facts | changes))
+    def built(self, tmp_path):
+        return SimpleNamespace(SOURCES=f"s{extension.hash_of_sources(tmp_path)}", CUDA=0)
 
     def test_a_build_of_what_is_there(self, monkeypatch, tmp_path):
         found = self.load(monkeypatch, tmp_path, self.built(tmp_path))
         assert found.compiled and found.describe("cpu") == "C++"
-        assert "not cuda" in found.describe("cuda")
+        assert "without cuda" in found.describe("cuda")
         assert found.serves(torch.zeros(1)) and not found.serves(torch.zeros(1), torch.zeros(1, device="meta"))
 
     @pytest.mark.parametrize(
@@ -298,8 +297,6 @@ class TestWhichIsUsed:
         assert self.load(monkeypatch, tmp_path, module).compiled
         source.write_text("b")
         assert "other sources" in self.load(monkeypatch, tmp_path, module).reason
-        old = self.built(tmp_path, TORCH="2.0.1")
-        assert f"torch 2.0.1, this is {torch.__version__}" in self.load(monkeypatch, tmp_path, old).reason
         assert self.load(monkeypatch, tmp_path / "not there", self.built(tmp_path)).compiled  # installed, no sources
 
     def test_the_reference_can_be_asked_for(self, monkeypatch, tmp_path):

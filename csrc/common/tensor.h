@@ -1,0 +1,84 @@
+// What the operators need of torch, through its stable C++ interface: one build serves every torch from 2.11 on.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "common/numbers.h"
+
+namespace megagpt2 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A tensor without values, of x's device, and of x's type unless another is given.
+inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(x, {sizes.begin(), sizes.size()});
+}
+inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(x, {sizes.begin(), sizes.size()}, type);
+}
+inline Tensor empty_contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+template <typename T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Calls function(T{}) with the element type of `type`: float, BFloat16 or Half. The dispatch in kernels/ sends no other
+// here.
+template <typename Function>
+void with_type(ScalarType type, const Function& function) {
+  switch (type) {
+    case ScalarType::Float: return function(float{});
+    case ScalarType::BFloat16: return function(BFloat16{});
+    case ScalarType::Half: return function(Half{});
+    default: STD_TORCH_CHECK(false, "megagpt2's operators take float32, bfloat16 and float16, not this type");
+  }
+}
+
+// The values as contiguous floats.
+inline Tensor as_floats(const Tensor& x) { return packed(torch::stable::to(x, ScalarType::Float)); }
+
+inline void check_same(const Tensor& x, const Tensor& y, const char* names) {
+  bool same = x.dim() == y.dim() && x.scalar_type() == y.scalar_type();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == y.size(i);
+  STD_TORCH_CHECK(same, names, " must have the same shape and type");
+}
+
+inline void check_vector(const Tensor& x, int64_t width, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(
+      x.dim() == 1 && x.size(0) == width && x.scalar_type() == type, name, " must be a vector of ", width,
+      " elements, of the type of x");
+}
+
+// Rows of a tensor [..., width].
+struct Rows {
+  int64_t rows, width;
+};
+inline Rows rows_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x must have at least one dimension");
+  const int64_t width = x.size(x.dim() - 1);
+  return {width == 0 ? 0 : x.numel() / width, width};
+}
+
+// Sums over rows are made in blocks that depend on the shape alone, and the blocks are added in order: their bits
+// depend on neither the number of threads nor their timing.
+constexpr int64_t kMostBlocks = 64;
+inline int64_t rows_per_block(int64_t rows) {
+  const int64_t even = (rows + kMostBlocks - 1) / kMostBlocks;
+  return even < 8 ? 8 : even;
+}
+
+}  // namespace megagpt2

@@ -1,0 +1,134 @@
+// Rows of layer normalization. x, y, dy, dx: [rows, width]; weight and bias as floats; `buffer` holds 2 * width + 2 *
+// kWidth floats. Sums are made of four vectors at a time, so that additions need not wait for one another.
+
+// The mean of n floats, and the square root's inverse of their variance + epsilon.
+static inline void moments(const float* row, Float total, int64_t n, float epsilon, float* mean, float* rstd) {
+  const float center = sum(total) / (float)n;
+  Float squares[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+    for (int k = 0; k < 4; ++k) {
+      const Float d = load(row + i + k * kWidth) - center;
+      squares[k] += d * d;
+    }
+  }
+  for (; i + kWidth <= n; i += kWidth) {
+    const Float d = load(row + i) - center;
+    squares[0] += d * d;
+  }
+  if (i < n) {
+    const Float d = load(row + i, n - i, center) - center;
+    squares[1] += d * d;
+  }
+  const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)n;
+  *mean = center;
+  *rstd = 1.0f / __builtin_sqrtf(variance + epsilon);
+}
+
+template <typename T>
+static inline void normalize(
+    const float* row, T* y, const float* weight, const float* bias, float mean, float rstd, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    store(y + i, (load(row + i) - mean) * rstd * load(weight + i) + load(bias + i));
+  }
+  if (i < n) {
+    store(y + i, (load(row + i, n - i) - mean) * rstd * load(weight + i, n - i) + load(bias + i, n - i), n - i);
+  }
+}
+
+template <typename T>
+void forward_rows(
+    const T* x, T* y, float* mean, float* rstd, const float* weight, const float* bias, int64_t rows, int64_t n,
+    float epsilon, float* buffer) {
+  for (int64_t r = 0; r < rows; ++r, x += n, y += n) {
+    Float totals[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+      for (int k = 0; k < 4; ++k) {
+        const Float value = load(x + i + k * kWidth);
+        store(buffer + i + k * kWidth, value);
+        totals[k] += value;
+      }
+    }
+    for (; i + kWidth <= n; i += kWidth) {
+      const Float value = load(x + i);
+      store(buffer + i, value);
+      totals[0] += value;
+    }
+    if (i < n) {
+      const Float value = load(x + i, n - i);
+      store(buffer + i, value);  // the buffer has room for the whole vector
+      totals[1] += value;
+    }
+    moments(buffer, (totals[0] + totals[1]) + (totals[2] + totals[3]), n, epsilon, mean + r, rstd + r);
+    normalize(buffer, y, weight, bias, mean[r], rstd[r], n);
+  }
+}
+
+// One vector of the backward pass: what comes of x and dy, on the way to dx.
+struct BackwardSums {
+  Float gradient = {}, product = {};  // of dy * weight, and of that times the normalized x
+};
+
+static inline void backward_vector(
+    Float x, Float dy, Float weight, float mean, float rstd, float* normalized, float* gradient, BackwardSums* sums) {
+  const Float xhat = (x - mean) * rstd, g = dy * weight;
+  store(normalized, xhat);
+  store(gradient, g);
+  sums->gradient += g;
+  sums->product += g * xhat;
+}
+
+// d_weight, d_bias [width]: added to. dz [rows, width] or null: added to dx.
+//
+//     dx = rstd (g - mean(g) - xhat mean(g xhat)) + dz      g = dy weight     d weight = sum dy xhat     d bias = sum dy
+template <typename T>
+void backward_rows(
+    const T* dy, const T* x, const T* dz, const float* mean, const float* rstd, const float* weight, T* dx,
+    float* d_weight, float* d_bias, int64_t rows, int64_t n, float* buffer) {
+  float* normalized = buffer;
+  float* gradient = buffer + (n + kWidth - 1) / kWidth * kWidth;
+  for (int64_t r = 0; r < rows; ++r, x += n, dy += n, dx += n) {
+    BackwardSums sums[2];
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+      for (int k = 0; k < 2; ++k) {
+        const int64_t j = i + k * kWidth;
+        const Float d = load(dy + j);
+        backward_vector(load(x + j), d, load(weight + j), mean[r], rstd[r], normalized + j, gradient + j, sums + k);
+        store(d_weight + j, load(d_weight + j) + d * load(normalized + j));
+        store(d_bias + j, load(d_bias + j) + d);
+      }
+    }
+    for (; i < n; i += kWidth) {
+      const int64_t left = n - i < kWidth ? n - i : kWidth;
+      const Float d = load(dy + i, left);
+      backward_vector(
+          load(x + i, left), d, load(weight + i, left), mean[r], rstd[r], normalized + i, gradient + i, sums);
+      store(d_weight + i, load(d_weight + i, left) + d * load(normalized + i), left);
+      store(d_bias + i, load(d_bias + i, left) + d, left);
+    }
+    const float a = sum(sums[0].gradient + sums[1].gradient) / (float)n;
+    const float b = sum(sums[0].product + sums[1].product) / (float)n;
+    for (i = 0; i < n; i += kWidth) {
+      const int64_t left = n - i;
+      Float d = (load(gradient + i) - a - load(normalized + i) * b) * rstd[r];
+      if (left >= kWidth) {
+        if (dz) d += load(dz + i);
+        store(dx + i, d);
+      } else {
+        if (dz) d += load(dz + i, left);
+        store(dx + i, d, left);
+      }
+    }
+    if (dz) dz += n;
+  }
+}
+
+// total[i] = sum of parts[block][i] over blocks, in order; parts are `stride` apart.
+static void add_blocks(const float* parts, int64_t blocks, int64_t stride, float* total, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) total[i] = 0.0f;
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t i = 0; i < n; ++i) total[i] += parts[block * stride + i];
+}

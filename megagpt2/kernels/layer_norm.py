@@ -1,0 +1,66 @@
+"""Layer normalization over the last dimension (Ba et al. 2016, "Layer normalization", equation 3).
+
+Contract: x [..., width], weight and bias [width], all of one type;
+
+    y = (x - mean) rstd weight + bias      mean = mean(x)      rstd = 1 / sqrt(mean((x - mean)**2) + epsilon)
+
+with sums in fp32 (float64 for float64), one rounding at the end. mean and rstd, fp32 [rows], are what the backward
+pass needs beside x:
+
+    dx = rstd (g - mean(g) - xhat mean(g xhat))      g = dy weight      xhat = (x - mean) rstd
+    d weight = sum_rows dy xhat                      d bias = sum_rows dy
+
+The sums over rows are made in blocks that depend on the shape alone, so that their bits depend on neither threads nor
+timing. csrc/layer_norm reads x once in each pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagpt2.kernels.extension import EXTENSION
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """`layer_norm` by torch's own, on any device and in any floating-point type."""
+    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Normalize x [..., width], scale by weight [width] and shift by bias [width]."""
+    if EXTENSION.serves(x, weight, bias):
+        return torch.ops.megagpt2.layer_norm(x, weight, bias, epsilon)[0]
+    return layer_norm_reference(x, weight, bias, epsilon)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake(x, weight, bias, epsilon):
+    rows = x.shape[:-1].numel()
+    return _like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+
+
+def _fake_backward(dy, x, mean, rstd, weight, dz):
+    return _like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, mean, rstd, weight)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, dy, d_mean, d_rstd):
+    x, mean, rstd, weight = ctx.saved_tensors
+    return *torch.ops.megagpt2.layer_norm_backward(dy, x, mean, rstd, weight, None), None
+
+
+if EXTENSION.compiled:
+    torch.library.register_fake("megagpt2::layer_norm", _fake)
+    torch.library.register_fake("megagpt2::layer_norm_backward", _fake_backward)
+    torch.library.register_autograd("megagpt2::layer_norm", _backward, setup_context=_setup_context)
