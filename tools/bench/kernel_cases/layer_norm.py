@@ -1,0 +1,44 @@
+"""Layer normalization: x is read and y written once; backward reads x and dy and writes dx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from megagpt2.kernels import layer_norm as kernel
+from tools.bench.kernel_cases import Case
+
+EPSILON = 1e-5
+
+
+def cases(device: str, small: bool) -> Iterator[Case]:
+    """GPT-2's widths; on a GPU enough rows to fill it."""
+    rows = 64 if small else 8192 if device == "cpu" else 65536
+    shapes = [(rows, 1600), (rows, 768)]
+    for rows, width in shapes:
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            yield from _of(rows, width, name, dtype, device)
+
+
+def _of(rows: int, width: int, name: str, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    x, dy = (torch.randn(rows, width, device=device).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(width, device=device).to(dtype) for _ in range(2))
+    moved = x.numel() * x.element_size()
+
+    def eager(x=x):
+        return F.layer_norm(x, (width,), weight, bias, EPSILON)
+
+    yield Case(
+        f"layer_norm forward {rows}x{width} {name}", 2 * moved,
+        lambda: kernel.layer_norm(x, weight, bias, EPSILON), eager, compiled=eager,
+    )
+    _, mean, rstd = torch.ops.megagpt2.layer_norm(x, weight, bias, EPSILON)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    y = F.layer_norm(leaves[0], (width,), *leaves[1:], EPSILON)
+    yield Case(
+        f"layer_norm backward {rows}x{width} {name}", 3 * moved,
+        lambda: torch.ops.megagpt2.layer_norm_backward(dy, x, mean, rstd, weight, None),
+        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+    )

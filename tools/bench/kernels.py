@@ -1,0 +1,79 @@
+"""The operators of csrc/ against torch, in the bandwidth they reach: GB/s of the bytes that any implementation must move.
+
+    python tools/bench/kernels.py                             everything, on the CPU
+    python tools/bench/kernels.py --device cuda --json build/bench/kernels_cuda.json
+    python tools/bench/kernels.py --only layer_norm --compile
+
+The limit is what y.copy_(x) reaches in the same run, 8192 x 1600 in bf16 on a CPU, 1 GB on a GPU. Peers are torch's eager
+mode and, with --compile, torch.compile. docs/kernels.md counts the bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from common import Row, arguments, medians, report
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from megagpt2.kernels.extension import EXTENSION  # noqa: E402
+from tools.bench.kernel_cases import Case  # noqa: E402
+
+OPERATORS = sorted(p.stem for p in (Path(__file__).parent / "kernel_cases").glob("*.py") if p.stem != "__init__")
+CPU_COPY, GPU_COPY = 8192 * 1600, 500_000_000  # elements of bf16
+
+
+def machine_rows(device: str, repetitions: int, small: bool) -> list[Row]:
+    """What this machine can do: copying, and multiplying matrices."""
+    count = 1000 if small else CPU_COPY if device == "cpu" else GPU_COPY
+    x, y = (torch.ones(count, dtype=torch.bfloat16, device=device) for _ in range(2))
+    size, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    size = 64 if small else size
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = medians({"copy": lambda: y.copy_(x), "gemm": lambda: a @ b}, repetitions, device)
+    kind = "fp32" if dtype == torch.float32 else "bf16"
+    return [
+        Row("kernels", "copy", "bandwidth", 4 * count / seconds["copy"] / 1e9, "GB/s"),
+        Row("kernels", f"gemm {size} {kind}", "rate", 2 * size**3 / seconds["gemm"] / 1e12, "TFLOP/s"),
+    ]
+
+
+def measure(case: Case, copy: float, options) -> Row:
+    """Ours and its peers in turns."""
+    calls = {"ours": case.ours, "eager": case.eager, **case.peers}
+    if options.compile and case.compiled is not None:
+        torch.compiler.reset()
+        calls["compile"] = torch.compile(case.compiled)
+    seconds = medians(calls, options.repetitions, options.device)
+    speed = {name: case.bytes / value / 1e9 for name, value in seconds.items()}
+    return Row("kernels", case.name, "bandwidth", speed.pop("ours"), "GB/s", peers=speed, limit=copy)
+
+
+def main() -> int:
+    parser = arguments(__doc__, repetitions=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="OPERATOR",
+                        help=", ".join(OPERATORS))
+    parser.add_argument("--compile", action="store_true", help="torch.compile as a peer: takes minutes")
+    parser.add_argument("--small", action="store_true", help="tiny shapes: whether it runs, not how fast")
+    options = parser.parse_args()
+    if not EXTENSION.serves(torch.empty(0, device=options.device if torch.cuda.is_available() else "cpu")):
+        print(f"kernels: there is nothing to measure, the operators are {EXTENSION.describe(options.device)}",
+              file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    rows = machine_rows(options.device, options.repetitions, options.small)
+    for operator in options.only:
+        for case in importlib.import_module(f"tools.bench.kernel_cases.{operator}").cases(options.device, options.small):
+            rows.append(measure(case, rows[0].value, options))
+            print(f"  {case.name}: {rows[-1].value:.3g} GB/s", file=sys.stderr, flush=True)
+    report(rows, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
