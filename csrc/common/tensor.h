@@ -73,6 +73,9 @@ inline Rows rows_of(const Tensor& x) {
   return {width == 0 ? 0 : x.numel() / width, width};
 }
 
+// Rows worth waking a thread for: 32,768 elements.
+inline int64_t rows_per_task(int64_t width) { return width >= 32768 ? 1 : 32768 / (width < 1 ? 1 : width); }
+
 // Sums over rows are made in blocks that depend on the shape alone, and the blocks are added in order: their bits
 // depend on neither the number of threads nor their timing.
 constexpr int64_t kMostBlocks = 64;
