@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -61,6 +62,17 @@ inline void check_vector(const Tensor& x, int64_t width, ScalarType type, const 
   STD_TORCH_CHECK(
       x.dim() == 1 && x.size(0) == width && x.scalar_type() == type, name, " must be a vector of ", width,
       " elements, of the type of x");
+}
+
+// An optional bias [width] as floats: zeros where there is none.
+inline Tensor bias_floats(const Tensor& x, const std::optional<Tensor>& bias, int64_t width) {
+  if (bias) {
+    check_vector(*bias, width, x.scalar_type(), "bias");
+    return as_floats(*bias);
+  }
+  Tensor zeros = empty(x, {width}, ScalarType::Float);
+  torch::stable::zero_(zeros);
+  return zeros;
 }
 
 // Rows of a tensor [..., width].

@@ -20,3 +20,16 @@ def check_same(x: Tensor, other: Tensor, name: str) -> None:
         raise ValueError(
             f"{name} is {other.dtype} {list(other.shape)} and x {x.dtype} {list(x.shape)}: give both alike"
         )
+
+
+def check_dropout(x: Tensor, samples: Tensor | None, probability: float) -> None:
+    """Raise ValueError unless x [batch, ..., width] can be dropped with these."""
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"probability is {probability}: it must be at least 0 and below 1")
+    if samples is None:
+        raise ValueError(f"probability is {probability} but there are no samples: give one for each x[i]")
+    if x.dim() < 2 or samples.shape != x.shape[:1]:
+        raise ValueError(
+            f"samples are {list(samples.shape)} and x is {list(x.shape)}: x is [batch, ..., width], "
+            "and each x[i] has a sample"
+        )

@@ -18,7 +18,8 @@ compiled = pytest.mark.skipif(not EXTENSION.compiled, reason=f"the operators are
 
 def devices() -> list:
     """For parametrize: the CPU, and CUDA where it is asked for and there."""
-    absent = pytest.mark.skipif(not (torch.cuda.is_available() and EXTENSION.cuda), reason="no CUDA device, or operators")
+    there = torch.cuda.is_available() and EXTENSION.cuda
+    absent = pytest.mark.skipif(not there, reason="no CUDA device, or no operators for it")
     return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, absent])]
 
 
