@@ -12,6 +12,7 @@ typedef uint16_t Short __attribute__((vector_size(2 * kWidth)));
 typedef float AnyFloat __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint32_t AnyWord __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint16_t AnyShort __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
+typedef uint8_t AnyByte __attribute__((vector_size(kWidth), aligned(1), may_alias));
 
 static inline Float all(float x) { return x - Float{}; }
 static inline Word bits(Float x) { return (Word)x; }
@@ -82,6 +83,19 @@ static inline Word load_words(const uint32_t* p, int64_t n) {
   uint32_t part[kWidth];
   for (int i = 0; i < kWidth; ++i) part[i] = i < n ? p[i] : 0;
   return load_words(part);
+}
+
+// Which of kWidth bools are true, as `choose` takes it.
+static inline Int load_flags(const uint8_t* p) { return __builtin_convertvector(*(const AnyByte*)p, Int) != 0; }
+static inline Int load_flags(const uint8_t* p, int64_t n) {
+  uint8_t part[kWidth];
+  for (int i = 0; i < kWidth; ++i) part[i] = i < n ? p[i] : 0;
+  return load_flags(part);
+}
+static inline Int first_lanes(int64_t n) {
+  Int lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  return lane < (int32_t)n;
 }
 
 static inline float sum(Float x) {
