@@ -33,8 +33,8 @@ struct Strides {
   MEGAGPT2_HOST_DEVICE int64_t row(int64_t b, int64_t h, int64_t q) const { return b * batch + h * head + q * query; }
 };
 
-// What is dropped of a row's visible elements, on the CPU: those with words below `threshold`; the others are multiplied.
-// words: null where nothing is dropped.
+// What is dropped of a row's visible elements, on the CPU: those with words below `threshold`; the others are multiplied
+// by `factor`. words: null where nothing is dropped.
 struct RowDropout {
   const uint32_t* words = nullptr;
   uint32_t threshold = 0;
@@ -64,8 +64,15 @@ std::tuple<Tensor, Tensor> scale_mask_softmax_cpu(
     Tensor scores, double scale, bool causal, std::optional<Tensor> mask, std::optional<Tensor> samples, int64_t key0,
     int64_t key1, double probability, int64_t start);
 
+std::tuple<Tensor, Tensor> scale_mask_softmax_cuda(
+    Tensor scores, double scale, bool causal, std::optional<Tensor> mask, std::optional<Tensor> samples, int64_t key0,
+    int64_t key1, double probability, int64_t start);
+
 // dy like weights -> d scores, contiguous. weights: before dropout.
 Tensor scale_mask_softmax_backward_cpu(
+    Tensor dy, Tensor weights, double scale, bool causal, std::optional<Tensor> samples, int64_t key0, int64_t key1,
+    double probability, int64_t start);
+Tensor scale_mask_softmax_backward_cuda(
     Tensor dy, Tensor weights, double scale, bool causal, std::optional<Tensor> samples, int64_t key0, int64_t key1,
     double probability, int64_t start);
 

@@ -15,18 +15,25 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 16384;  // what is worth waking a thread for
 constexpr int64_t kMostLanes = 16;
+constexpr int64_t kQueriesTogether = 16;
 
-// Calls row(number, b, h, q, task) for every row, `task` being what make_task() gave this thread. Queries are taken from
-// both ends in turns, 0, last, 1, last - 1, ...: so threads, which share them in the order of their numbers, have as much
-// to do each under a causal mask.
+// The query whose turn it is: groups are taken from both ends in turns, the first, the last, the second, ... Threads,
+// which share the turns in order, so have as much to do each under a causal mask; within a group memory is read in order.
+int64_t query_of(int64_t turn, int64_t query) {
+  const int64_t groups = query / kQueriesTogether, group = turn / kQueriesTogether;
+  if (group >= groups) return turn;
+  const int64_t taken = group % 2 == 0 ? group / 2 : groups - 1 - group / 2;
+  return taken * kQueriesTogether + turn % kQueriesTogether;
+}
+
+// Calls row(number, b, h, q, task) for every row, `task` being what make_task() gave this thread.
 template <typename MakeTask, typename Row>
 void for_each_row(const Scores& shape, const MakeTask& make_task, const Row& row) {
   const int64_t rows_per_task = std::max<int64_t>(kElementsPerTask / std::max<int64_t>(shape.key, 1), 1);
   torch::stable::parallel_for(0, shape.rows(), rows_per_task, [&](int64_t begin, int64_t end) {
     auto task = make_task();
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / shape.query, turn = i % shape.query;
-      const int64_t q = turn % 2 == 0 ? turn / 2 : shape.query - 1 - turn / 2;
+      const int64_t head = i / shape.query, q = query_of(i % shape.query, shape.query);
       row(head * shape.query + q, head / shape.heads, head % shape.heads, q, task);
     }
   });
@@ -97,8 +104,9 @@ void forward(
     const uint8_t* hidden =
         flags ? packed_flags(flags + masks.row(b, h, q), masks.key, n, buffers.flags) : nullptr;
     const RowDropout drop = dropout.draw(b, (h * shape.query + q) * shape.key, n, buffers.words);
+    const T* row = x + from.row(b, h, q);
     forward_row(
-        x + from.row(b, h, q), hidden, results + at, drop.words ? undropped + at : nullptr, n, shape.key, scale,
+        row, row + from.query, hidden, results + at, drop.words ? undropped + at : nullptr, n, shape.key, scale,
         buffers.row.data(), drop);
   });
 }

@@ -32,14 +32,17 @@ static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, 
   return largest(greater(greater(most[0], most[1]), greater(most[2], most[3])));
 }
 
-// buffer = exp(scale * x - most), 0 where it is hidden and after n; returns the sum.
+// buffer = exp(scale * x - most), 0 where it is hidden and after n; returns the sum. This is most of the work: meanwhile
+// the row at `next` is fetched, since half rows are too short for the processor to foresee.
 template <bool masked, typename T>
-static inline float exponentials(const T* x, const uint8_t* hidden, int64_t n, float scale, float most, float* buffer) {
+static inline float exponentials(
+    const T* x, const T* next, const uint8_t* hidden, int64_t n, float scale, float most, float* buffer) {
   Float totals[2] = {};
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
     for (int k = 0; k < 2; ++k) {
       const int64_t j = i + k * kWidth;
+      __builtin_prefetch(next + j);
       Float e = exponential(load(x + j) * scale - most);
       if (masked) e = choose(load_flags(hidden + j), Float{}, e);
       store(buffer + j, e);
@@ -81,16 +84,16 @@ static inline bool all_hidden(const uint8_t* hidden, int64_t n) {
   return true;
 }
 
-// hidden: `key` flags, or null.
+// next: where the next row probably is. hidden: `key` flags, or null.
 template <typename T>
 void forward_row(
-    const T* x, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key, float scale, float* buffer,
-    RowDropout dropout) {
+    const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key, float scale,
+    float* buffer, RowDropout dropout) {
   const float most = hidden ? largest_score<true>(x, hidden, n, scale) : largest_score<false>(x, hidden, n, scale);
   if (n > 0 && hidden && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
   if (n > 0) {
-    const float total = hidden ? exponentials<true>(x, hidden, n, scale, most, buffer)
-                               : exponentials<false>(x, hidden, n, scale, most, buffer);
+    const float total = hidden ? exponentials<true>(x, next, hidden, n, scale, most, buffer)
+                               : exponentials<false>(x, next, hidden, n, scale, most, buffer);
     const float inverse = 1.0f / total;
     normalize(buffer, y, weights, n, inverse, dropout);
     if (hidden && !(inverse < __builtin_inff())) {  // the row is NaN: what is hidden stays 0
