@@ -18,9 +18,6 @@ constexpr int64_t kTilesPerTask = 128;  // what is worth waking a thread for: 32
 // write past 4 * blocks.
 void fill_words(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key);
 
-// The two key words of an operator's arguments. Throws std::runtime_error where they aren't 32-bit words.
-Key make_key(int64_t key0, int64_t key1);
-
 // Throws std::runtime_error unless these are sample numbers on the CPU and a place that elements can have.
 void check_place(const Tensor& samples, int64_t start, int64_t count);
 

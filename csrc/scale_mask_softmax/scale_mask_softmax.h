@@ -16,7 +16,7 @@ struct Scores {
   int64_t batch, heads, query, key;
   bool causal;
 
-  int64_t rows() const { return batch * heads * query; }
+  MEGAGPT2_HOST_DEVICE int64_t rows() const { return batch * heads * query; }
 
   // How many keys query q sees, the first ones: the last query sees all, as keys before the first query are a cache.
   MEGAGPT2_HOST_DEVICE int64_t visible(int64_t q) const {
@@ -33,8 +33,8 @@ struct Strides {
   MEGAGPT2_HOST_DEVICE int64_t row(int64_t b, int64_t h, int64_t q) const { return b * batch + h * head + q * query; }
 };
 
-// What is dropped of a row's visible elements, on the CPU: those with words below `threshold`; the others are multiplied
-// by `factor`. words: null where nothing is dropped.
+// What is dropped of a row's visible elements, on the CPU: those with words below `threshold`; the others are
+// multiplied by `factor`. words: null where nothing is dropped.
 struct RowDropout {
   const uint32_t* words = nullptr;
   uint32_t threshold = 0;
@@ -51,15 +51,16 @@ inline Tensor with_packed_rows(const Tensor& x) {
 // The shape of x. Throws std::runtime_error unless it has four dimensions.
 Scores scores_of(const Tensor& x, bool causal);
 
-// Throws std::runtime_error unless `mask` is bool and of x's shape.
+// Throws std::runtime_error unless `mask` is bool, of x's shape, and where x is.
 void check_mask(const Tensor& x, const std::optional<Tensor>& mask);
 
-// Throws std::runtime_error unless there is a sample for each x[i] and a probability in [0, 1).
-void check_dropout(const Scores& shape, const Tensor& samples, double probability);
+// Throws std::runtime_error unless there is a sample for each x[i], where x is, a probability in [0, 1), and a start
+// from which elements can have numbers.
+void check_dropout(const Tensor& x, const Tensor& samples, double probability, int64_t start);
 
-// scores [batch, heads, query, key] of any strides; mask bool of the same shape, true where a key is hidden, or nothing;
-// samples int64 [batch], or nothing where nothing is dropped -> (y, weights), contiguous, of scores' type. weights are
-// what y is before dropout, and empty [0] without it.
+// scores [batch, heads, query, key] of any strides; mask bool of the same shape, true where a key is hidden, or none;
+// samples int64 [batch], or nothing where nothing is dropped -> (y, weights), contiguous, of scores' type. weights:
+// what y is before dropout; empty [0] without it.
 std::tuple<Tensor, Tensor> scale_mask_softmax_cpu(
     Tensor scores, double scale, bool causal, std::optional<Tensor> mask, std::optional<Tensor> samples, int64_t key0,
     int64_t key1, double probability, int64_t start);

@@ -1,6 +1,7 @@
 #include "scale_mask_softmax/scale_mask_softmax.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -17,8 +18,8 @@ constexpr int64_t kElementsPerTask = 16384;  // what is worth waking a thread fo
 constexpr int64_t kMostLanes = 16;
 constexpr int64_t kQueriesTogether = 16;
 
-// The query whose turn it is: groups are taken from both ends in turns, the first, the last, the second, ... Threads,
-// which share the turns in order, so have as much to do each under a causal mask; within a group memory is read in order.
+// The query whose turn it is: groups are taken from both ends in turns, the first, the last, the second, ... Threads
+// share the turns in order, so each has as much to do under a causal mask. Within a group memory is read in order.
 int64_t query_of(int64_t turn, int64_t query) {
   const int64_t groups = query / kQueriesTogether, group = turn / kQueriesTogether;
   if (group >= groups) return turn;
@@ -48,12 +49,11 @@ struct Dropout {
   int64_t start;
 
   Dropout(
-      const Scores& shape, const std::optional<Tensor>& given, int64_t key0, int64_t key1, double probability,
+      const Tensor& x, const std::optional<Tensor>& given, int64_t key0, int64_t key1, double probability,
       int64_t start)
       : key{}, threshold(0), factor(1.0f), start(start) {
     if (!given) return;
-    check_dropout(shape, *given, probability);
-    check_place(*given, start, shape.heads * shape.query * shape.key);
+    check_dropout(x, *given, probability, start);
     samples = packed(*given);
     key = make_key(key0, key1);
     threshold = dropout_threshold(probability);
@@ -89,8 +89,8 @@ struct Buffers {
 
 template <typename T>
 void forward(
-    const Scores& shape, const Tensor& scores, const std::optional<Tensor>& mask, const Tensor& y, const Tensor& weights,
-    float scale, const Dropout& dropout) {
+    const Scores& shape, const Tensor& scores, const std::optional<Tensor>& mask, const Tensor& y,
+    const Tensor& weights, float scale, const Dropout& dropout) {
   const auto forward_row = MEGAGPT2_VARIANT(forward_row<T>);
   const T* x = data<T>(scores);
   T *results = mutable_data<T>(y), *undropped = mutable_data<T>(weights);
@@ -139,17 +139,24 @@ Scores scores_of(const Tensor& x, bool causal) {
 
 void check_mask(const Tensor& x, const std::optional<Tensor>& mask) {
   if (!mask) return;
-  bool fits = mask->scalar_type() == ScalarType::Bool && mask->dim() == x.dim();
+  bool fits = mask->scalar_type() == ScalarType::Bool && mask->dim() == x.dim() && mask->is_cuda() == x.is_cuda();
   for (int64_t i = 0; fits && i < x.dim(); ++i) fits = mask->size(i) == x.size(i);
-  STD_TORCH_CHECK(fits, "the mask must be bool and of the scores' shape: expand it");
+  STD_TORCH_CHECK(fits, "the mask must be bool, of the scores' shape (expand it) and on their device");
 }
 
-void check_dropout(const Scores& shape, const Tensor& samples, double probability) {
+void check_dropout(const Tensor& x, const Tensor& samples, double probability, int64_t start) {
   STD_TORCH_CHECK(
       probability >= 0.0 && probability < 1.0, "probability is ", probability, ": it must be at least 0 and below 1");
   STD_TORCH_CHECK(
-      shape.batch == samples.numel(), "scores hold ", shape.batch, " samples but ", samples.numel(),
+      samples.scalar_type() == ScalarType::Long && samples.dim() == 1 && samples.is_cuda() == x.is_cuda(),
+      "give the number of each sample, int64 [batch], on the scores' device");
+  STD_TORCH_CHECK(
+      x.size(0) == samples.numel(), "scores hold ", x.size(0), " samples but ", samples.numel(),
       " are given: give the number of each");
+  const int64_t count = x.size(1) * x.size(2) * x.size(3);
+  STD_TORCH_CHECK(
+      start >= 0 && start <= std::numeric_limits<int64_t>::max() - kTileWords - count,
+      "start is ", start, " and a sample has ", count, " elements: they have numbers from 0 to 2**63 - 257");
 }
 
 std::tuple<Tensor, Tensor> scale_mask_softmax_cpu(
@@ -157,7 +164,7 @@ std::tuple<Tensor, Tensor> scale_mask_softmax_cpu(
     int64_t key1, double probability, int64_t start) {
   const Scores shape = scores_of(scores, causal);
   check_mask(scores, mask);
-  const Dropout dropout(shape, samples, key0, key1, probability, start);
+  const Dropout dropout(scores, samples, key0, key1, probability, start);
   const Tensor from = with_packed_rows(scores);
   Tensor y = empty_contiguous_like(scores);
   Tensor weights = samples ? empty_contiguous_like(scores) : empty(scores, {0});
@@ -172,7 +179,7 @@ Tensor scale_mask_softmax_backward_cpu(
     double probability, int64_t start) {
   const Scores shape = scores_of(weights, causal);
   check_same(weights, dy, "weights and dy");
-  const Dropout dropout(shape, samples, key0, key1, probability, start);
+  const Dropout dropout(weights, samples, key0, key1, probability, start);
   Tensor dx = empty_contiguous_like(weights);
   with_type(weights.scalar_type(), [&](auto element) {
     backward<decltype(element)>(

@@ -32,8 +32,8 @@ static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, 
   return largest(greater(greater(most[0], most[1]), greater(most[2], most[3])));
 }
 
-// buffer = exp(scale * x - most), 0 where it is hidden and after n; returns the sum. This is most of the work: meanwhile
-// the row at `next` is fetched, since half rows are too short for the processor to foresee.
+// buffer = exp(scale * x - most), 0 where it is hidden and after n; returns the sum. This is most of the work:
+// meanwhile the row at `next` is fetched, since half rows are too short for the processor to foresee.
 template <bool masked, typename T>
 static inline float exponentials(
     const T* x, const T* next, const uint8_t* hidden, int64_t n, float scale, float most, float* buffer) {

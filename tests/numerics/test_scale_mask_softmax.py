@@ -284,7 +284,7 @@ def test_shapes_that_do_not_fit_are_refused(scores, arguments, complaint):
         ({"samples": torch.tensor([1.0, 2.0])}, "int64"),
         ({"probability": 1.0}, "below 1"),
         ({"key0": -1}, "0, 2"),
-        ({"start": -1}, "elements have numbers"),
+        ({"start": -1}, "have numbers from 0"),
     ],
     ids=str,
 )
