@@ -2,7 +2,7 @@
 // includes, nothing inline from elsewhere.
 //
 // Loads of any element type give floats, stores round to nearest, ties to even. `load(p, n)` and `store(p, x, n)` are
-// for the last n < kWidth elements of a row: what is not there reads as `otherwise`.
+// for the first n <= kWidth elements alone: what is not there reads as 0, or as `otherwise`.
 
 constexpr int kWidth = MEGAGPT2_WIDTH;
 typedef float Float __attribute__((vector_size(4 * kWidth)));
@@ -12,25 +12,55 @@ typedef uint16_t Short __attribute__((vector_size(2 * kWidth)));
 typedef float AnyFloat __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint32_t AnyWord __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint16_t AnyShort __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
+typedef uint8_t AnyByte __attribute__((vector_size(kWidth), aligned(1), may_alias));
 
 static inline Float all(float x) { return x - Float{}; }
 static inline Word bits(Float x) { return (Word)x; }
 static inline Float floats(Word x) { return (Float)x; }
 static inline Float choose(Int which, Float x, Float y) { return which ? x : y; }
-static inline Float greater(Float x, Float y) { return x > y ? x : y; }  // y where x is NaN
+// y where x is NaN. One instruction each, which GCC doesn't find. (GCC 12 warns of its own header where no mask is given.)
+#if MEGAGPT2_WIDTH == 16
+static inline Float greater(Float x, Float y) { return (Float)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y); }
+static inline Float lesser(Float x, Float y) { return (Float)_mm512_maskz_min_ps(0xFFFF, (__m512)x, (__m512)y); }
+#elif MEGAGPT2_WIDTH == 8
+static inline Float greater(Float x, Float y) { return (Float)_mm256_max_ps((__m256)x, (__m256)y); }
+static inline Float lesser(Float x, Float y) { return (Float)_mm256_min_ps((__m256)x, (__m256)y); }
+#else
+static inline Float greater(Float x, Float y) { return x > y ? x : y; }
 static inline Float lesser(Float x, Float y) { return x < y ? x : y; }
+#endif
+
+// Between bytes, 16-bit and 32-bit words, for the same reason.
+#if MEGAGPT2_WIDTH == 16
+static inline Word widen(const uint8_t* p) { return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline Word widen(const uint16_t* p) {
+  return (Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+}
+static inline void narrow(uint16_t* p, Word x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)x));
+}
+#elif MEGAGPT2_WIDTH == 8
+static inline Word widen(const uint8_t* p) { return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+static inline Word widen(const uint16_t* p) { return (Word)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static inline void narrow(uint16_t* p, Word x) {
+  const __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // words 0-3 0-3 4-7 4-7
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+}
+#else
+static inline Word widen(const uint8_t* p) { return __builtin_convertvector(*(const AnyByte*)p, Word); }
+static inline Word widen(const uint16_t* p) { return __builtin_convertvector(*(const AnyShort*)p, Word); }
+static inline void narrow(uint16_t* p, Word x) { *(AnyShort*)p = __builtin_convertvector(x, Short); }
+#endif
 
 static inline Float load(const float* p) { return *(const AnyFloat*)p; }
 static inline void store(float* p, Float x) { *(AnyFloat*)p = x; }
 
-static inline Float load(const BFloat16* p) {
-  return floats(__builtin_convertvector(*(const AnyShort*)p, Word) << 16);
-}
+static inline Float load(const BFloat16* p) { return floats(widen(&p->bits) << 16); }
 static inline void store(BFloat16* p, Float x) {
   const Word word = bits(x);
   const Word rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
   const Word nan = (word >> 16) | 0x40u;  // stays one: adding could carry into the sign
-  *(AnyShort*)p = __builtin_convertvector((x != x) ? nan : rounded, Short);
+  narrow(&p->bits, (x != x) ? nan : rounded);
 }
 
 #if MEGAGPT2_WIDTH == 16
@@ -46,7 +76,7 @@ static inline void store(Half* p, Float x) {
 #else
 // A product with 2**112 moves the exponent's bias from 15 to 127, subnormals included.
 static inline Float load(const Half* p) {
-  const Word half = __builtin_convertvector(*(const AnyShort*)p, Word);
+  const Word half = widen(&p->bits);
   const Word magnitude = (half & 0x7FFFu) << 13;
   const Word finite = bits(floats(magnitude) * 0x1p112f);
   return floats((((half & 0x7C00u) == 0x7C00u) ? (magnitude | 0x7F800000u) : finite) | ((half & 0x8000u) << 16));
@@ -60,28 +90,73 @@ static inline void store(Half* p, Float x) {
   Word half = (magnitude < 0x38800000u) ? subnormal : normal;
   half = (magnitude >= 0x477FF000u) ? (Word{} + 0x7C00u) : half;  // rounds to infinity
   half = (magnitude > 0x7F800000u) ? (Word{} + 0x7E00u) : half;   // NaN
-  *(AnyShort*)p = __builtin_convertvector(half | (sign >> 16), Short);
+  narrow(&p->bits, half | (sign >> 16));
 }
 #endif
 
+// part[0 .. n) = p[0 .. n), and 0 up to kWidth; p[0 .. n) = part[0 .. n).
+#if MEGAGPT2_WIDTH == 16
 template <typename T>
-static inline Float load(const T* p, int64_t n, T otherwise = T{}) {
+static inline void take(T* part, const T* p, int64_t n) {
+  const __mmask16 some = (__mmask16)((1u << n) - 1u);
+  if (sizeof(T) == 4) _mm512_storeu_si512(part, _mm512_maskz_loadu_epi32(some, p));
+  if (sizeof(T) == 2) _mm256_storeu_si256((__m256i*)part, _mm256_maskz_loadu_epi16(some, p));
+  if (sizeof(T) == 1) _mm_storeu_si128((__m128i*)part, _mm_maskz_loadu_epi8(some, p));
+}
+template <typename T>
+static inline void put(T* p, const T* part, int64_t n) {
+  const __mmask16 some = (__mmask16)((1u << n) - 1u);
+  if (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, some, _mm512_loadu_si512(part));
+  if (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, some, _mm256_loadu_si256((const __m256i*)part));
+}
+#else
+template <typename T>
+static inline void take(T* part, const T* p, int64_t n) {
+  for (int i = 0; i < kWidth; ++i) part[i] = T{};
+  __builtin_memcpy(part, p, n * sizeof(T));
+}
+template <typename T>
+static inline void put(T* p, const T* part, int64_t n) {
+  __builtin_memcpy(p, part, n * sizeof(T));
+}
+#endif
+
+static inline Int first_lanes(int64_t n) {
+  Int lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  return lane < (int32_t)n;
+}
+
+template <typename T>
+static inline Float load(const T* p, int64_t n) {
   T part[kWidth];
-  for (int i = 0; i < kWidth; ++i) part[i] = i < n ? p[i] : otherwise;
+  take(part, p, n);
   return load(part);
+}
+template <typename T>
+static inline Float load(const T* p, int64_t n, float otherwise) {
+  return choose(first_lanes(n), load(p, n), all(otherwise));
 }
 template <typename T>
 static inline void store(T* p, Float x, int64_t n) {
   T part[kWidth];
   store(part, x);
-  for (int i = 0; i < n; ++i) p[i] = part[i];
+  put(p, part, n);
 }
 
 static inline Word load_words(const uint32_t* p) { return *(const AnyWord*)p; }
 static inline Word load_words(const uint32_t* p, int64_t n) {
   uint32_t part[kWidth];
-  for (int i = 0; i < kWidth; ++i) part[i] = i < n ? p[i] : 0;
+  take(part, p, n);
   return load_words(part);
+}
+
+// Which of kWidth bools are true, as `choose` takes it.
+static inline Int load_flags(const uint8_t* p) { return widen(p) != 0u; }
+static inline Int load_flags(const uint8_t* p, int64_t n) {
+  uint8_t part[kWidth];
+  take(part, p, n);
+  return load_flags(part);
 }
 
 static inline float sum(Float x) {
