@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import subprocess
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,3 +86,10 @@ def test_a_build_is_for_the_devices_that_are_named(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
     SETUP["extension_arguments"]()
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "10.0"
+
+
+def test_a_type_is_defined_once():
+    """Two of one name, seen by different files, would be one to the linker: it keeps either's functions for both."""
+    headers = "".join(path.read_text() for path in sorted((ROOT / "csrc").rglob("*.h")))
+    names = Counter(re.findall(r"^(?:struct|class) (\w+) \{", headers, re.MULTILINE))
+    assert [name for name, count in names.items() if count > 1] == []
