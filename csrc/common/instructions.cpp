@@ -24,7 +24,9 @@ bool has_f16c() {
 Instructions best() {
 #ifdef MEGAGPT2_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
-  if (avx2 && __builtin_cpu_supports("avx512f")) return Instructions::avx512;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");  // as common/variants.h compiles for
+  if (avx2 && avx512) return Instructions::avx512;
   if (avx2) return Instructions::avx2;
 #endif
   return Instructions::portable;

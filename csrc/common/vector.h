@@ -18,7 +18,8 @@ static inline Float all(float x) { return x - Float{}; }
 static inline Word bits(Float x) { return (Word)x; }
 static inline Float floats(Word x) { return (Float)x; }
 static inline Float choose(Int which, Float x, Float y) { return which ? x : y; }
-// y where x is NaN. One instruction each, which GCC doesn't find. (GCC 12 warns of its own header where no mask is given.)
+// y where x is NaN. One instruction each, which GCC doesn't find. (With a mask of all, since GCC 12 warns of its own
+// header at the forms without.)
 #if MEGAGPT2_WIDTH == 16
 static inline Float greater(Float x, Float y) { return (Float)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y); }
 static inline Float lesser(Float x, Float y) { return (Float)_mm512_maskz_min_ps(0xFFFF, (__m512)x, (__m512)y); }
@@ -174,23 +175,37 @@ static inline float largest(Float x) {
   return part[0];
 }
 
-// e^x to 1 unit in the last place: x = n log 2 + r, |r| <= log(2) / 2, and e^r by its Taylor polynomial with
-// coefficients for least error (Cephes). Below -87.3 it is 0, above 88.7 infinity; a NaN stays.
-static inline Float exponential(Float x) {
-  const Float shift = all(0x1.8p23f);  // adding it rounds to an integer, which is in the low bits then
-  const Float clamped = greater(lesser(x, all(88.8f)), all(-87.4f));
-  const Float scaled = clamped * 1.44269504088896341f + shift;
-  const Float n = scaled - shift;
-  const Float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+// e^r for |r| <= log(2) / 2 by its Taylor polynomial, with coefficients for least error (Cephes).
+static inline Float small_exponential(Float r) {
   Float p = all(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// e^x to 1 unit in the last place: x = n log 2 + r. Below -87.3 it is 0, above 88.7 infinity; a NaN stays.
+static inline Float exponential(Float x) {
+  const Float shift = all(0x1.8p23f);  // adding it rounds to an integer, which is in the low bits then
+  const Float clamped = greater(lesser(x, all(88.8f)), all(-87.4f));
+  const Float scaled = clamped * 1.44269504088896341f + shift;
+  const Float n = scaled - shift;
+  const Float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
   const Word whole = bits(scaled) << 23;  // n, where the exponent is
-  const Float result = floats(bits(p) + whole);
+  const Float result = floats(bits(small_exponential(r)) + whole);
   const Float limited = choose(x > 88.72283f, all(__builtin_inff()), choose(x < -87.3365f, Float{}, result));
   return choose(x != x, x, limited);
+}
+
+// The same for x <= 0, or hardly above, in fewer instructions; 0 below -86.9.
+static inline Float decay(Float x) {
+  const Float shift = all(0x1.8p23f + 127.0f);  // the low bits are 127 + n: 2^n, moved to where the exponent is
+  const Float clamped = greater(all(-86.9f), x);
+  const Float scaled = clamped * 1.44269504088896341f + shift;
+  const Float n = scaled - shift;
+  const Float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Float result = small_exponential(r) * floats(bits(scaled) << 23);
+  return choose(x < -86.9f, Float{}, result);
 }

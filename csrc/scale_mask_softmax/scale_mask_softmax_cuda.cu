@@ -101,6 +101,15 @@ struct Forward {
     return bits;
   }
 
+  // Whether the row sees one of the keys first, first + step, ..., V at each.
+  template <int V, bool PLAIN>
+  __device__ __forceinline__ bool sees_any(const Row& row, int64_t first, int64_t step) const {
+    unsigned bits = 0;
+#pragma unroll 1
+    for (int64_t column = first; column < row.n; column += step) bits |= visible<V, PLAIN>(row, column);
+    return bits != 0;
+  }
+
   template <int V, bool PLAIN>
   __device__ __forceinline__ void scaled(const Row& row, int64_t column, const Pack<T, V>& x, float (&z)[V]) const {
     const unsigned bits = visible<V, PLAIN>(row, column);
@@ -170,11 +179,7 @@ __global__ void __launch_bounds__(Team<THREADS>::kThreads) forward_rows(const Fo
       for (int v = 0; v < V; ++v) total += z[k][v] = exp2f(z[k][v] - most);
     }
     total = Us::sum(total, shared[turn][1]);
-    const auto seen = [&] {
-      unsigned bits = 0;
-      for (int k = 0; k < PACKS; ++k) bits |= f.template visible<V, PLAIN>(row, column(k));
-      return bits != 0;
-    };
+    const auto seen = [&] { return f.template sees_any<V, PLAIN>(row, column(0), THREADS * V); };
     const float inverse = inverse_of<Us>(total, most, seen, shared[turn][2]);
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
@@ -205,11 +210,7 @@ __global__ void __launch_bounds__(kWidest) forward_long_rows(const Forward<T> f)
       for (int v = 0; v < V; ++v) total += exp2f(z[v] - most);
     }
     total = Us::sum(total, shared[turn][1]);
-    const auto seen = [&] {
-      unsigned bits = 0;
-      for (int64_t column = first; column < row.n; column += step) bits |= f.template visible<V, false>(row, column);
-      return bits != 0;
-    };
+    const auto seen = [&] { return f.template sees_any<V, false>(row, first, step); };
     const float inverse = inverse_of<Us>(total, most, seen, shared[turn][2]);
     for (int64_t column = first; column < f.shape.key; column += step) {
       if (column < row.n) {

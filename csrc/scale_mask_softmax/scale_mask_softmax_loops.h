@@ -43,7 +43,7 @@ static inline float exponentials(
     for (int k = 0; k < 2; ++k) {
       const int64_t j = i + k * kWidth;
       __builtin_prefetch(next + j);
-      Float e = exponential(load(x + j) * scale - most);
+      Float e = decay(load(x + j) * scale - most);
       if (masked) e = choose(load_flags(hidden + j), Float{}, e);
       store(buffer + j, e);
       totals[k] += e;
@@ -51,7 +51,7 @@ static inline float exponentials(
   }
   for (; i < n; i += kWidth) {
     const int64_t left = at_most_a_vector(n - i);
-    Float e = choose(first_lanes(left), exponential(load(x + i, left) * scale - most), Float{});
+    Float e = choose(first_lanes(left), decay(load(x + i, left) * scale - most), Float{});
     if (masked) e = choose(load_flags(hidden + i, left), Float{}, e);
     store(buffer + i, e);
     totals[0] += e;
