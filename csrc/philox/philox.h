@@ -25,9 +25,6 @@ struct Key {
   uint32_t k0, k1;
 };
 
-// The two key words of an operator's arguments. Throws std::runtime_error where they aren't 32-bit words.
-Key make_key(int64_t key0, int64_t key1);
-
 struct Words {
   uint32_t w[4];
 };

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/tensor.h"
+#include "dropout/dropout.h"
 #include "philox/philox.h"
 
 namespace megagpt2 {
@@ -53,10 +54,6 @@ Scores scores_of(const Tensor& x, bool causal);
 
 // Throws std::runtime_error unless `mask` is bool, of x's shape, and where x is.
 void check_mask(const Tensor& x, const std::optional<Tensor>& mask);
-
-// Throws std::runtime_error unless there is a sample for each x[i], where x is, a probability in [0, 1), and a start
-// from which elements can have numbers.
-void check_dropout(const Tensor& x, const Tensor& samples, double probability, int64_t start);
 
 // scores [batch, heads, query, key] of any strides; mask bool of the same shape, true where a key is hidden, or none;
 // samples int64 [batch], or nothing where nothing is dropped -> (y, weights), contiguous, of scores' type. weights:

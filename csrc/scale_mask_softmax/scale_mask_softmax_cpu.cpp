@@ -144,21 +144,6 @@ void check_mask(const Tensor& x, const std::optional<Tensor>& mask) {
   STD_TORCH_CHECK(fits, "the mask must be bool, of the scores' shape (expand it) and on their device");
 }
 
-void check_dropout(const Tensor& x, const Tensor& samples, double probability, int64_t start) {
-  STD_TORCH_CHECK(
-      probability >= 0.0 && probability < 1.0, "probability is ", probability, ": it must be at least 0 and below 1");
-  STD_TORCH_CHECK(
-      samples.scalar_type() == ScalarType::Long && samples.dim() == 1 && samples.is_cuda() == x.is_cuda(),
-      "give the number of each sample, int64 [batch], on the scores' device");
-  STD_TORCH_CHECK(
-      x.size(0) == samples.numel(), "scores hold ", x.size(0), " samples but ", samples.numel(),
-      " are given: give the number of each");
-  const int64_t count = x.size(1) * x.size(2) * x.size(3);
-  STD_TORCH_CHECK(
-      start >= 0 && start <= std::numeric_limits<int64_t>::max() - kTileWords - count,
-      "start is ", start, " and a sample has ", count, " elements: they have numbers from 0 to 2**63 - 257");
-}
-
 std::tuple<Tensor, Tensor> scale_mask_softmax_cpu(
     Tensor scores, double scale, bool causal, std::optional<Tensor> mask, std::optional<Tensor> samples, int64_t key0,
     int64_t key1, double probability, int64_t start) {

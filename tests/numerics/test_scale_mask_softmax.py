@@ -317,7 +317,7 @@ def test_shapes_that_do_not_fit_are_refused(scores, arguments, complaint):
         ({"scores": SCORES[0]}, "must be .batch"),
         ({"mask": SCORES[:1] > 0}, "of the scores' shape"),
         ({"mask": SCORES}, "must be bool"),
-        ({"samples": torch.tensor([1])}, "give the number of each"),
+        ({"samples": torch.tensor([1])}, "give one for each"),
         ({"samples": torch.tensor([1.0, 2.0])}, "int64"),
         ({"probability": 1.0}, "below 1"),
         ({"key0": -1}, "0, 2"),
