@@ -36,7 +36,7 @@ def has_nvcc(cuda_home: str | None) -> bool:
 def hash_of_sources(folder: Path) -> str:
     """Names and contents of csrc/'s sources. megagpt2/kernels/extension.py computes the same."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -19,7 +19,7 @@ import torch
 MODULE = "megagpt2._C"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"  # in an installation without them there is nothing to compare
 TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
-_SUFFIXES = (".h", ".cpp", ".cu")
+_SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megagpt2.kernels.scale_mask_softmax import WeightDropout, scale_mask_softmax
 from megagpt2.model.layers import Builder, Dropout
 
 
@@ -30,7 +31,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -
 
 def fused_softmax(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -> Tensor:
     """Megatron's way: two matrix products around one operator that scales, masks, normalizes and drops."""
-    return reference(q, k, v, samples, drop)
+    scores = q @ k.transpose(-1, -2)  # [batch, heads, query, key]
+    dropout = WeightDropout(*drop.arguments(scores, samples)) if drop.active else None
+    return scale_mask_softmax(scores, 1.0 / math.sqrt(q.shape[-1]), causal=True, dropout=dropout) @ v
 
 
 def auto(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -> Tensor:
@@ -57,7 +60,8 @@ class Attention(nn.Module):
         self.attend = ATTENTION[build.kernels.attention]
         self.recompute = recompute  # "selective" (Korthikanti et al. 2022, section 5): scores are made again
 
-    def forward(self, x: Tensor, samples: Tensor) -> Tensor:
+    def forward(self, x: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """x [batch, sequence, width] -> (what to add to the residual stream, a bias to add to it)."""
         qkv = self.c_attn(x)  # [batch, sequence, 3 * local heads * head width]
         batch, sequence, _ = qkv.shape
         qkv = qkv.view(batch, sequence, 3, -1, self.head_width)

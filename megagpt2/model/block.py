@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
+from megagpt2.kernels.bias_dropout_add import bias_dropout_add
 from megagpt2.model.attention import Attention
 from megagpt2.model.layers import Builder
 from megagpt2.model.mlp import MLP
@@ -30,12 +31,12 @@ class Block(nn.Module):
         self.pre_norm = norm == "pre"
         self.recompute = recompute in ("full", "full_offload")
         self.offload = recompute == "full_offload"
-        self.ln_1 = build.layer_norm(f"{name}.ln_1", width, epsilon)
+        self.ln_1 = (build.layer_norm if self.pre_norm else build.residual_layer_norm)(f"{name}.ln_1", width, epsilon)
         self.attn = Attention(
             build, f"{name}.attn", layer, width=width, heads=heads, dropout=attention_dropout, std=std,
             residual_std=residual_std, recompute=recompute == "selective",
         )
-        self.ln_2 = build.layer_norm(f"{name}.ln_2", width, epsilon)
+        self.ln_2 = build.residual_layer_norm(f"{name}.ln_2", width, epsilon)
         self.mlp = MLP(build, f"{name}.mlp", width=width, inner=inner, std=std, residual_std=residual_std)
         self.attention_residual = build.dropout(residual_dropout, layer, "attention_residual")
         self.mlp_residual = build.dropout(residual_dropout, layer, "mlp_residual")
@@ -51,8 +52,13 @@ class Block(nn.Module):
         return x, samples
 
     def transform(self, x: Tensor, samples: Tensor) -> Tensor:
+        """A sublayer gives (h, bias). dropout(h + bias) joins the residual stream where that is normalized next."""
+        h, bias = self.attn(self.ln_1(x) if self.pre_norm else x, samples)
+        dropout = self.attention_residual.arguments(h, samples)
         if self.pre_norm:
-            x = x + self.attention_residual(self.attn(self.ln_1(x), samples), samples)
-            return x + self.mlp_residual(self.mlp(self.ln_2(x)), samples)
-        x = self.ln_1(x + self.attention_residual(self.attn(x, samples), samples))
-        return self.ln_2(x + self.mlp_residual(self.mlp(x), samples))
+            x, normalized = self.ln_2(h, bias, x, dropout)
+            h, bias = self.mlp(normalized)
+            return bias_dropout_add(h, bias, x, *self.mlp_residual.arguments(h, samples))
+        _, x = self.ln_1(h, bias, x, dropout)
+        h, bias = self.mlp(x)
+        return self.ln_2(h, bias, x, self.mlp_residual.arguments(h, samples))[1]

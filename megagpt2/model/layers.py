@@ -4,23 +4,31 @@
 by what it does (DESIGN D1):
 
     column_linear   x [..., in]  -> y [..., out]: out is made of `units` that may live on different ranks
-    row_linear      y [..., in]  -> x [..., out]: the inverse, completing the sum over those units
+    row_linear      y [..., in]  -> x [..., out]: the inverse, completing the sum over those units; its bias is not
+                    added yet, but comes along for the operator that adds x to the residual stream
     layer_norm, position_embedding, dropout: on the residual stream, which may be split along the sequence
     tied_embedding  tokens -> residual stream; residual stream -> loss or logits
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt2.kernels import cross_entropy, layer_norm
+from megagpt2.kernels.bias_dropout_add import bias_dropout_add
+from megagpt2.kernels.bias_gelu import bias_gelu
 from megagpt2.kernels.choice import DEFAULT, Kernels
 from megagpt2.kernels.dropout import dropout
 from megagpt2.kernels.philox import key_of
+from megagpt2.kernels.residual_layer_norm import residual_layer_norm
 from megagpt2.model.parameters import Spec, declare
+
+Share = Callable[[Tensor], Tensor]
+DropoutArguments = tuple[Tensor | None, tuple[int, int], float, int]  # samples, key, probability, start
 
 
 class Builder(Protocol):
@@ -28,13 +36,19 @@ class Builder(Protocol):
 
     kernels: Kernels
 
-    def column_linear(self, name: str, width_in: int, *, parts: int, units: int, unit: int, std: float) -> nn.Module:
-        """Linear to parts x units x unit outputs; rank r gets its share of the units of every part."""
+    def column_linear(
+        self, name: str, width_in: int, *, parts: int, units: int, unit: int, std: float, gelu: bool = False
+    ) -> nn.Module:
+        """Linear to parts x units x unit outputs, and their GELU if `gelu`; rank r gets its share of the units of every
+        part."""
 
     def row_linear(self, name: str, width_out: int, *, units: int, unit: int, std: float) -> nn.Module:
-        """Linear from units x unit inputs, of which rank r has its share, to the residual stream."""
+        """Linear from units x unit inputs, of which rank r has its share, to the residual stream: (x, bias to add)."""
 
     def layer_norm(self, name: str, width: int, epsilon: float) -> nn.Module: ...
+
+    def residual_layer_norm(self, name: str, width: int, epsilon: float) -> nn.Module:
+        """Layer norm of a sum: (x, bias, residual, dropout) -> the residual stream with them added, and its norm."""
 
     def position_embedding(self, name: str, context: int, width: int, std: float) -> nn.Module: ...
 
@@ -44,30 +58,67 @@ class Builder(Protocol):
         """Dropout on the residual stream, or on attention weights [batch, heads, query, key] if heads is given."""
 
 
-class Linear(nn.Module):
-    """y = x W^T + b with W [out, in]."""
+class ColumnLinear(nn.Module):
+    """y = x W^T + b with W [out, in], or its GELU."""
+
+    def __init__(self, weight: Spec, bias: Spec, gelu: bool = False) -> None:
+        super().__init__()
+        self.weight = declare(weight)
+        self.bias = declare(bias)
+        self.gelu = gelu
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gelu:
+            return bias_gelu(self.multiply(x, None), self.bias)
+        return self.multiply(x, self.bias)
+
+
+class RowLinear(nn.Module):
+    """(y W^T, b) with W [out, in]: whoever adds the product to the residual stream adds b on the way."""
 
     def __init__(self, weight: Spec, bias: Spec) -> None:
         super().__init__()
         self.weight = declare(weight)
         self.bias = declare(bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        # Not the parameter itself: ZeRO-3 takes its values away when this module is done.
+        return F.linear(y, self.weight), self.bias.view_as(self.bias)
+
+
+def as_it_is(parameter: Tensor) -> Tensor:
+    return parameter
 
 
 class LayerNorm(nn.Module):
-    """Layer normalization over the last dimension (Ba et al. 2016)."""
+    """Layer normalization over the last dimension (Ba et al. 2016). `share`: what parameters pass through, for those
+    that compute with a piece of the sequence."""
 
-    def __init__(self, name: str, width: int, epsilon: float, backend: str) -> None:
+    def __init__(self, name: str, width: int, epsilon: float, backend: str, share: Share = as_it_is) -> None:
         super().__init__()
         self.weight = declare(Spec(f"{name}.weight", (width,), constant=1.0))
         self.bias = declare(Spec(f"{name}.bias", (width,)))
         self.epsilon = epsilon
-        self.normalize = layer_norm.BACKENDS[backend]
+        self.normalize, self.share = layer_norm.BACKENDS[backend], share
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x, self.weight, self.bias, self.epsilon)
+        return self.normalize(x, self.share(self.weight), self.share(self.bias), self.epsilon)
+
+
+class ResidualLayerNorm(LayerNorm):
+    """Layer normalization of residual + dropout(x + bias). Returns that sum and its norm."""
+
+    def forward(
+        self, x: Tensor, bias: Tensor, residual: Tensor, dropout: DropoutArguments
+    ) -> tuple[Tensor, Tensor]:
+        weight, norm_bias = self.share(self.weight), self.share(self.bias)
+        if self.normalize is layer_norm.layer_norm:  # ours does both in one pass
+            return residual_layer_norm(x, bias, residual, weight, norm_bias, self.epsilon, *dropout)
+        z = bias_dropout_add(x, bias, residual, *dropout)
+        return z, self.normalize(z, weight, norm_bias, self.epsilon)
 
 
 class PositionEmbedding(nn.Module):
@@ -130,6 +181,12 @@ class Dropout(nn.Module):
             return x
         return dropout(x, samples, self.key, self.probability, self.start(x))
 
+    def arguments(self, x: Tensor, samples: Tensor) -> DropoutArguments:
+        """For an operator that drops elements of x itself."""
+        if not self.active:
+            return None, (0, 0), 0.0, 0
+        return samples, self.key, self.probability, self.start(x)
+
     @property
     def active(self) -> bool:
         return self.training and self.probability > 0.0
@@ -141,20 +198,20 @@ class DenseBuilder:
     def __init__(self, seed: int, kernels: Kernels = DEFAULT) -> None:
         self.seed, self.kernels = seed, kernels
 
-    def column_linear(self, name, width_in, *, parts, units, unit, std):
+    def column_linear(self, name, width_in, *, parts, units, unit, std, gelu=False):
         out = parts * units * unit
-        return Linear(
-            Spec(f"{name}.weight", (out, width_in), standard_deviation=std, decay=True), Spec(f"{name}.bias", (out,))
-        )
+        weight = Spec(f"{name}.weight", (out, width_in), standard_deviation=std, decay=True)
+        return ColumnLinear(weight, Spec(f"{name}.bias", (out,)), gelu)
 
     def row_linear(self, name, width_out, *, units, unit, std):
-        return Linear(
-            Spec(f"{name}.weight", (width_out, units * unit), standard_deviation=std, decay=True),
-            Spec(f"{name}.bias", (width_out,)),
-        )
+        weight = Spec(f"{name}.weight", (width_out, units * unit), standard_deviation=std, decay=True)
+        return RowLinear(weight, Spec(f"{name}.bias", (width_out,)))
 
     def layer_norm(self, name, width, epsilon):
         return LayerNorm(name, width, epsilon, self.kernels.layer_norm)
+
+    def residual_layer_norm(self, name, width, epsilon):
+        return ResidualLayerNorm(name, width, epsilon, self.kernels.layer_norm)
 
     def position_embedding(self, name, context, width, std):
         return PositionEmbedding(name, context, width, std)

@@ -123,7 +123,7 @@ class _GatheredLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, group):
         ctx.save_for_backward(x, weight)
-        ctx.group = group
+        ctx.group, ctx.has_bias = group, bias is not None
         return torch.nn.functional.linear(all_gather_sequence(x, group), weight, bias)
 
     @staticmethod
@@ -132,9 +132,9 @@ class _GatheredLinear(torch.autograd.Function):
         whole = all_gather_sequence(x, ctx.group).flatten(0, 1)  # [batch * sequence, in]
         d_x = reduce_scatter_sequence(grad @ weight, ctx.group)
         flat = grad.flatten(0, 1)  # [batch * sequence, out]
-        return d_x, flat.T @ whole, flat.sum(0), None
+        return d_x, flat.T @ whole, flat.sum(0) if ctx.has_bias else None, None
 
 
-def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor, group: ProcessGroup) -> Tensor:
+def gathered_linear(x: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup) -> Tensor:
     """linear(gather_sequence(x)), saving only x for the backward pass."""
     return _GatheredLinear.apply(x, weight, bias, group)

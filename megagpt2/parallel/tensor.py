@@ -19,7 +19,17 @@ from torch import Tensor
 from megagpt2.kernels import cross_entropy
 from megagpt2.kernels.choice import DEFAULT, Kernels
 from megagpt2.kernels.philox import key_of
-from megagpt2.model.layers import Builder, DenseBuilder, Dropout, LayerNorm, Linear, PositionEmbedding, TiedEmbedding
+from megagpt2.model.layers import (
+    Builder,
+    ColumnLinear,
+    DenseBuilder,
+    Dropout,
+    LayerNorm,
+    PositionEmbedding,
+    ResidualLayerNorm,
+    RowLinear,
+    TiedEmbedding,
+)
 from megagpt2.model.parameters import Spec, partition
 from megagpt2.parallel.collectives import (
     all_reduce,
@@ -32,43 +42,31 @@ from megagpt2.parallel.collectives import (
 from megagpt2.parallel.topology import Topology
 
 
-class ColumnLinear(Linear):
+class ShardedColumnLinear(ColumnLinear):
     """y_r = x W_r^T + b_r: each rank computes its share of the outputs from the whole input."""
 
+    def __init__(self, weight: Spec, bias: Spec, gelu: bool, topology: Topology, sequence_parallel: bool) -> None:
+        super().__init__(weight, bias, gelu)
+        self.group, self.sequence_parallel = topology.tensor_group, sequence_parallel
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.sequence_parallel:
+            return gathered_linear(x, self.weight, bias, self.group)
+        return F.linear(copy_to_shards(x, self.group), self.weight, bias)
+
+
+class ShardedRowLinear(RowLinear):
+    """x = sum_r y_r W_r^T, and b: each rank computes a partial sum from its share of the inputs."""
+
     def __init__(self, weight: Spec, bias: Spec, topology: Topology, sequence_parallel: bool) -> None:
         super().__init__(weight, bias)
         self.group, self.sequence_parallel = topology.tensor_group, sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        partial, bias = super().forward(y)
         if self.sequence_parallel:
-            return gathered_linear(x, self.weight, self.bias, self.group)
-        return F.linear(copy_to_shards(x, self.group), self.weight, self.bias)
-
-
-class RowLinear(Linear):
-    """x = sum_r y_r W_r^T + b: each rank computes a partial sum from its share of the inputs."""
-
-    def __init__(self, weight: Spec, bias: Spec, topology: Topology, sequence_parallel: bool) -> None:
-        super().__init__(weight, bias)
-        self.group, self.sequence_parallel = topology.tensor_group, sequence_parallel
-
-    def forward(self, y: Tensor) -> Tensor:
-        partial = F.linear(y, self.weight)
-        if self.sequence_parallel:
-            return scatter_sum(partial, self.group) + copy_to_shards(self.bias, self.group)
-        return sum_over_shards(partial, self.group) + self.bias
-
-
-class PieceLayerNorm(LayerNorm):
-    """Layer norm of a piece of the sequence."""
-
-    def __init__(self, name: str, width: int, epsilon: float, backend: str, topology: Topology) -> None:
-        super().__init__(name, width, epsilon, backend)
-        self.group = topology.tensor_group
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = copy_to_shards(self.weight, self.group), copy_to_shards(self.bias, self.group)
-        return self.normalize(x, weight, bias, self.epsilon)
+            return scatter_sum(partial, self.group), copy_to_shards(bias, self.group)
+        return sum_over_shards(partial, self.group), bias
 
 
 class PiecePositionEmbedding(PositionEmbedding):
@@ -140,7 +138,7 @@ class TensorBuilder(DenseBuilder):
     def share(self, units: int) -> tuple[int, int]:
         return partition(units, self.topology.tensor, self.topology.shard)
 
-    def column_linear(self, name, width_in, *, parts, units, unit, std):
+    def column_linear(self, name, width_in, *, parts, units, unit, std, gelu=False):
         start, stop = self.share(units)
         out = parts * units * unit
         ranges = tuple(((part * units + start) * unit, (part * units + stop) * unit) for part in range(parts))
@@ -148,7 +146,7 @@ class TensorBuilder(DenseBuilder):
             f"{name}.weight", (out, width_in), standard_deviation=std, decay=True, dim=0, ranges=ranges
         )
         bias = Spec(f"{name}.bias", (out,), dim=0, ranges=ranges)
-        return ColumnLinear(weight, bias, self.topology, self.sequence_parallel)
+        return ShardedColumnLinear(weight, bias, gelu, self.topology, self.sequence_parallel)
 
     def row_linear(self, name, width_out, *, units, unit, std):
         start, stop = self.share(units)
@@ -156,12 +154,17 @@ class TensorBuilder(DenseBuilder):
             f"{name}.weight", (width_out, units * unit), standard_deviation=std, decay=True, dim=1,
             ranges=((start * unit, stop * unit),),
         )
-        return RowLinear(weight, Spec(f"{name}.bias", (width_out,)), self.topology, self.sequence_parallel)
+        return ShardedRowLinear(weight, Spec(f"{name}.bias", (width_out,)), self.topology, self.sequence_parallel)
+
+    def share_of_sequence(self, parameter: Tensor) -> Tensor:
+        """A parameter of the residual stream, for those who hold a piece of it."""
+        return copy_to_shards(parameter, self.topology.tensor_group) if self.sequence_parallel else parameter
 
     def layer_norm(self, name, width, epsilon):
-        if self.sequence_parallel:
-            return PieceLayerNorm(name, width, epsilon, self.kernels.layer_norm, self.topology)
-        return super().layer_norm(name, width, epsilon)
+        return LayerNorm(name, width, epsilon, self.kernels.layer_norm, self.share_of_sequence)
+
+    def residual_layer_norm(self, name, width, epsilon):
+        return ResidualLayerNorm(name, width, epsilon, self.kernels.layer_norm, self.share_of_sequence)
 
     def position_embedding(self, name, context, width, std):
         if self.sequence_parallel:

@@ -127,23 +127,22 @@ def block_activations(model: ModelConfig, plan: Plan, shard: int, recompute: str
     if recompute in ("full", "full_offload"):
         return size * width * tokens // split
     heads, channels = (_share(units, plan.tensor, shard) for units in (model.heads, model.inner))
-    masks = 2 * width if model.residual_dropout else 0
-    residual = (4 * size * width + masks + 16) * tokens // split
+    residual = (4 * size * width + 16) * tokens // split  # no masks: they are drawn again
     inner = size * (4 * heads * model.head_width + 2 * channels) * tokens
     return residual + inner + (_core(model, plan, heads) if recompute == "none" else 0)
 
 
 def _core(model: ModelConfig, plan: Plan, heads: int) -> int:
     tokens, size = plan.micro_batch * plan.sequence_length, ELEMENT_BYTES[plan.precision]
-    return (heads * plan.sequence_length * (size + 5) if model.attention_dropout else 4 * heads) * tokens
+    # Before dropout, for the softmax's gradient, and after it, for the product with v.
+    weights = 2 * size * heads * plan.sequence_length
+    return (weights if model.attention_dropout else 4 * heads) * tokens
 
 
 def _activations(config: Config, plan: Plan, place: Place) -> int:
     """Of all micro-batches that are between their forward and their backward pass on this stage."""
     model, hidden = config.model, _hidden(config, plan)
     saved = 0 if _inputs_wait_on_cpu(plan) else _saved_by_blocks(config, plan, place)
-    if place.stage == 0 and model.embedding_dropout:
-        saved += hidden // ELEMENT_BYTES[plan.precision]  # a mask, one byte each
     if place.head_rows and model.norm == "pre":
         saved += hidden  # the final norm's input
     if plan.pipeline > 1:
