@@ -35,7 +35,7 @@ struct Strides {
 
 // What is dropped of a row's visible elements, on the CPU: those with words below `threshold`; the others are
 // multiplied by `factor`. words: null where nothing is dropped.
-struct RowDropout {
+struct WeightDropout {
   const uint32_t* words = nullptr;
   uint32_t threshold = 0;
   float factor = 1.0f;

@@ -64,7 +64,7 @@ struct Dropout {
   std::vector<uint32_t> buffer(int64_t width) const { return std::vector<uint32_t>(samples ? width + 64 : 0); }
 
   // The first n of a row of sample b, which has `offset` elements before it; their words go to `buffer`.
-  RowDropout draw(int64_t b, int64_t offset, int64_t n, std::vector<uint32_t>& buffer) const {
+  WeightDropout draw(int64_t b, int64_t offset, int64_t n, std::vector<uint32_t>& buffer) const {
     if (!samples) return {};
     const int64_t first = start + offset, skip = first % 4;
     fill_words(buffer.data(), first / 4, (skip + n + 3) / 4, static_cast<uint64_t>(data<int64_t>(*samples)[b]), key);
@@ -103,7 +103,7 @@ void forward(
     const int64_t n = shape.visible(q), at = number * shape.key;
     const uint8_t* hidden =
         flags ? packed_flags(flags + masks.row(b, h, q), masks.key, n, buffers.flags) : nullptr;
-    const RowDropout drop = dropout.draw(b, (h * shape.query + q) * shape.key, n, buffers.words);
+    const WeightDropout drop = dropout.draw(b, (h * shape.query + q) * shape.key, n, buffers.words);
     const T* row = x + from.row(b, h, q);
     forward_row(
         row, row + from.query, hidden, results + at, drop.words ? undropped + at : nullptr, n, shape.key, scale,
@@ -123,7 +123,7 @@ void backward(
   for_each_row(
       shape, make_buffer, [&](int64_t number, int64_t b, int64_t h, int64_t q, std::vector<uint32_t>& words) {
         const int64_t n = shape.visible(q);
-        const RowDropout drop = dropout.draw(b, (h * shape.query + q) * shape.key, n, words);
+        const WeightDropout drop = dropout.draw(b, (h * shape.query + q) * shape.key, n, words);
         backward_row(
             gradients + from.row(b, h, q), p + kept.row(b, h, q), results + number * shape.key, n, shape.key, scale,
             drop);

@@ -62,7 +62,7 @@ static inline float exponentials(
 // weights = buffer * inverse, and y what dropout leaves of them; one of both where nothing is dropped.
 template <typename T>
 static inline void normalize(
-    const float* buffer, T* y, T* weights, int64_t n, float inverse, const RowDropout& dropout) {
+    const float* buffer, T* y, T* weights, int64_t n, float inverse, const WeightDropout& dropout) {
   for (int64_t i = 0; i < n; i += kWidth) {
     const int64_t left = n - i;
     const Float p = load(buffer + i) * inverse;
@@ -88,7 +88,7 @@ static inline bool all_hidden(const uint8_t* hidden, int64_t n) {
 template <typename T>
 void forward_row(
     const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key, float scale,
-    float* buffer, RowDropout dropout) {
+    float* buffer, WeightDropout dropout) {
   const float most = hidden ? largest_score<true>(x, hidden, n, scale) : largest_score<false>(x, hidden, n, scale);
   if (n > 0 && hidden && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
   if (n > 0) {
@@ -110,7 +110,7 @@ void forward_row(
 
 // The gradient of the weights before dropout.
 template <typename T>
-static inline Float upstream(const T* dy, int64_t i, int64_t left, const RowDropout& dropout) {
+static inline Float upstream(const T* dy, int64_t i, int64_t left, const WeightDropout& dropout) {
   const Float g = left >= kWidth ? load(dy + i) : load(dy + i, left);
   if (!dropout.words) return g;
   const Word words = left >= kWidth ? load_words(dropout.words + i) : load_words(dropout.words + i, left);
@@ -119,7 +119,7 @@ static inline Float upstream(const T* dy, int64_t i, int64_t left, const RowDrop
 
 //     dx = scale p (g - sum(g p))
 template <typename T>
-void backward_row(const T* dy, const T* weights, T* dx, int64_t n, int64_t key, float scale, RowDropout dropout) {
+void backward_row(const T* dy, const T* weights, T* dx, int64_t n, int64_t key, float scale, WeightDropout dropout) {
   Float totals[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
