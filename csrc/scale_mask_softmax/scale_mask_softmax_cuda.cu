@@ -17,7 +17,7 @@ constexpr int kRowsOfWarps = 4;
 constexpr int kWidest = 512;  // threads: with more, dropout would not find its registers
 constexpr float kLog2E = 1.44269504088896341f;
 
-// The mask of dropout, as CPU's. samples: null where nothing is dropped.
+// The mask of dropout, the same as on the CPU. samples: null where nothing is dropped.
 struct Dropout {
   const int64_t* samples;
   Key key;
@@ -93,10 +93,9 @@ struct Forward {
     unsigned bits = left >= V ? (1u << V) - 1u : left > 0 ? (1u << left) - 1u : 0u;
     if (!PLAIN && mask && bits) {
       const bool* flags = mask + masks.row(row.b, row.h, row.q) + column * masks.key;
+      const int last = left < V ? static_cast<int>(left) - 1 : V - 1;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        if ((bits >> v & 1u) && flags[v * masks.key]) bits &= ~(1u << v);
-      }
+      for (int v = 0; v < V; ++v) bits &= ~(static_cast<unsigned>(flags[(v < last ? v : last) * masks.key]) << v);
     }
     return bits;
   }
@@ -188,8 +187,9 @@ __global__ void __launch_bounds__(Team<THREADS>::kThreads) forward_rows(const Fo
   }
 }
 
+// One block on a processor is enough: said, as ptxas would rather spill a few registers than use more than 64.
 template <typename T, int V>
-__global__ void __launch_bounds__(kWidest) forward_long_rows(const Forward<T> f) {
+__global__ void __launch_bounds__(kWidest, 1) forward_long_rows(const Forward<T> f) {
   using Us = Team<kWidest>;
   __shared__ float shared[2][3][kWarp];
   int turn = 0;
