@@ -29,13 +29,13 @@ __device__ __forceinline__ void draw(uint64_t element, uint64_t sample, Key key,
   for (int i = 0; i + 1 < V + 3; ++i) words[i] = skip & 1 ? words[i + 1] : words[i];
 }
 
-// Which of the elements from (row, column) on stay.
+// x[v] of the elements from (row, column) on, dropped.
 template <int V>
-__device__ __forceinline__ void keep(const RowDropout& dropout, int64_t row, int64_t column, bool (&kept)[V]) {
+__device__ __forceinline__ void drop(const RowDropout& dropout, int64_t row, int64_t column, float (&x)[V]) {
   uint32_t words[V + 3];
   draw<V>(dropout.first_element(row) + column, dropout.sample(row), dropout.key, words);
 #pragma unroll
-  for (int v = 0; v < V; ++v) kept[v] = words[v] >= dropout.threshold;
+  for (int v = 0; v < V; ++v) x[v] = words[v] >= dropout.threshold ? x[v] * dropout.scale : 0.0f;
 }
 
 // bias: of these columns, or null.
@@ -51,12 +51,7 @@ __device__ __forceinline__ Pack<T, V> residual_pack(
 #pragma unroll
     for (int v = 0; v < V; ++v) h[v] += to_float(b.value[v]);
   }
-  if (dropout.samples) {
-    bool kept[V];
-    keep<V>(dropout, row, column, kept);
-#pragma unroll
-    for (int v = 0; v < V; ++v) h[v] = kept[v] ? h[v] * dropout.scale : 0.0f;
-  }
+  if (dropout.samples) drop<V>(dropout, row, column, h);
   Pack<T, V> z;
 #pragma unroll
   for (int v = 0; v < V; ++v) z.value[v] = from_float<T>(to_float(stream.value[v]) + h[v]);
@@ -72,14 +67,10 @@ __device__ __forceinline__ Pack<float, V> residual_backward_pack(
 #pragma unroll
   for (int v = 0; v < V; ++v) d.value[v] = to_float(gradients.value[v]);
   if (!dropout.samples) return d;
-  bool kept[V];
-  keep<V>(dropout, row, column, kept);
+  drop<V>(dropout, row, column, d.value);
   Pack<T, V> result;
 #pragma unroll
-  for (int v = 0; v < V; ++v) {
-    d.value[v] = kept[v] ? d.value[v] * dropout.scale : 0.0f;
-    result.value[v] = from_float<T>(d.value[v]);
-  }
+  for (int v = 0; v < V; ++v) result.value[v] = from_float<T>(d.value[v]);
   store_pack<V>(dx, result);
   return d;
 }

@@ -35,8 +35,9 @@ __device__ __forceinline__ Pack<T, V> normalized(
   return y;
 }
 
+// The bound's 1: without it the compiler aims at more blocks on a processor, and may spill for it.
 template <typename T, int V, int THREADS, int PACKS, typename Source>
-__global__ void __launch_bounds__(THREADS == kWarp ? kRowsOfWarps * kWarp : THREADS) forward_rows(
+__global__ void __launch_bounds__(THREADS == kWarp ? kRowsOfWarps * kWarp : THREADS, 1) forward_rows(
     Source source, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ y,
     float* __restrict__ means, float* __restrict__ rstds, int64_t rows, int width, float epsilon) {
   constexpr bool kWholeBlock = THREADS > kWarp;
