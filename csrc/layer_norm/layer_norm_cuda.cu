@@ -9,7 +9,7 @@ namespace {
 // Rows to normalize that are there already.
 template <typename T>
 struct Given {
-  static constexpr int kMostThreads = 1024, kMostPacks = 6;
+  static constexpr int kMostThreads = 1024, kMostPacks = 4;
   const T* values;
 
   template <int V>
