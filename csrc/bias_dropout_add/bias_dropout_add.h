@@ -1,5 +1,5 @@
-// residual + dropout(x + bias): how a layer's output joins the residual stream. megagpt2/kernels/bias_dropout_add.py has
-// the contract and the reference.
+// residual + dropout(x + bias): how a layer's output joins the residual stream. megagpt2/kernels/bias_dropout_add.py
+// has the contract and the reference.
 #pragma once
 
 #include <optional>
@@ -15,9 +15,14 @@ namespace megagpt2 {
 Tensor bias_dropout_add_cpu(
     Tensor x, std::optional<Tensor> bias, Tensor residual, std::optional<Tensor> samples, int64_t key0, int64_t key1,
     double probability, int64_t start);
+Tensor bias_dropout_add_cuda(
+    Tensor x, std::optional<Tensor> bias, Tensor residual, std::optional<Tensor> samples, int64_t key0, int64_t key1,
+    double probability, int64_t start);
 
 // dz like z -> dx, d bias. Without samples dx is dz, and the result is empty in its place.
 std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
+    Tensor dz, std::optional<Tensor> samples, int64_t key0, int64_t key1, double probability, int64_t start);
+std::tuple<Tensor, Tensor> bias_dropout_add_backward_cuda(
     Tensor dz, std::optional<Tensor> samples, int64_t key0, int64_t key1, double probability, int64_t start);
 
 }  // namespace megagpt2

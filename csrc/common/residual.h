@@ -1,6 +1,6 @@
 // One row of the residual stream: z = residual + dropout(x + bias), and the way back. Written as loops are, see
-// variants.h. `words` are the row's random ones; without them (null) nothing is dropped. A dropped x counts for nothing,
-// whatever it is.
+// variants.h. `words` are the row's random ones; without them (null) nothing is dropped. A dropped x counts for
+// nothing, whatever it is.
 
 static inline Float dropped(Float x, Word words, uint32_t threshold, float scale) {
   return choose(words >= threshold, x * scale, Float{});

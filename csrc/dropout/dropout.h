@@ -25,5 +25,7 @@ inline void check_dropout(const Tensor& x, const Tensor& samples, double probabi
 // elements start, start + 1, ... of sample samples[i]. Throws std::runtime_error for anything else.
 Tensor dropout_cpu(
     Tensor x, Tensor samples, int64_t key0, int64_t key1, double probability, int64_t start);
+Tensor dropout_cuda(
+    Tensor x, Tensor samples, int64_t key0, int64_t key1, double probability, int64_t start);
 
 }  // namespace megagpt2

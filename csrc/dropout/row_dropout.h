@@ -23,7 +23,9 @@ struct RowDropout {
   MEGAGPT2_HOST_DEVICE uint64_t first_element(int64_t row) const {
     return static_cast<uint64_t>(start + row % rows_per_sample * width);
   }
-  MEGAGPT2_HOST_DEVICE uint64_t sample(int64_t row) const { return static_cast<uint64_t>(samples[row / rows_per_sample]); }
+  MEGAGPT2_HOST_DEVICE uint64_t sample(int64_t row) const {
+    return static_cast<uint64_t>(samples[row / rows_per_sample]);
+  }
 };
 
 // The arguments of an operator with dropout, checked: std::runtime_error tells what is wrong. Without samples there is

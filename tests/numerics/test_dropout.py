@@ -25,6 +25,7 @@ from megagpt2.model.gpt2 import GPT2
 from megagpt2.model.layers import DenseBuilder, Dropout
 from megagpt2.parallel.tensor import TensorBuilder
 from megagpt2.parallel.topology import Topology
+from tests.support.kernels import compiled, devices
 from tests.support.models import dense_model, dropped, gradients, model_config, random_tokens
 
 KEY = key_of(1234, "test")
@@ -34,8 +35,6 @@ STARTS = st.one_of(
     st.integers(0, 9), st.integers(250, 260), st.integers(2**34 - 600, 2**34 + 9), st.integers(0, 2**62)
 )
 SAMPLES = st.one_of(st.integers(0, 9), st.integers(2**32 - 2, 2**32 + 2), st.integers(0, 2**63 - 1))
-
-compiled = pytest.mark.skipif(not EXTENSION.compiled, reason=f"the operators are not compiled: {EXTENSION.reason}")
 
 
 def test_the_operators_are_built():
@@ -47,10 +46,11 @@ def test_the_operators_are_built():
 
 
 @compiled
+@pytest.mark.parametrize("device", devices())
 @given(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)), st.lists(SAMPLES, max_size=3), STARTS,
        st.integers(0, 600))
-def test_bits_are_the_references(key, samples, start, count):
-    samples = torch.tensor(samples, dtype=torch.int64)
+def test_bits_are_the_references(device, key, samples, start, count):
+    samples = torch.tensor(samples, dtype=torch.int64, device=device)
     found = random_bits(key, samples, start, count)
     expected = random_bits_reference(key, samples, start, count)
     assert found.dtype == expected.dtype and torch.equal(found, expected)
@@ -78,11 +78,12 @@ def inputs(draw):
 
 
 @compiled
+@pytest.mark.parametrize("device", devices())
 @given(inputs(), st.one_of(st.sampled_from([0.0, 0.1, 0.5, 1 - 2.0**-53]), st.floats(0, 1, exclude_max=True)), STARTS)
 @settings(max_examples=300)
-def test_values_and_gradients_are_the_references(given_inputs, probability, start):
+def test_values_and_gradients_are_the_references(device, given_inputs, probability, start):
     """Equal, not close: one rounding, of the same product. A NaN stays where it is kept, and only there."""
-    x, samples = given_inputs
+    x, samples = (t.to(device) for t in given_inputs)
     results = []
     for function in (dropout, dropout_reference):
         leaf = x.detach().requires_grad_()  # with the strides that x has
