@@ -16,18 +16,10 @@ constexpr int64_t kMostLanes = 16;
 
 std::vector<float> row_buffer(int64_t width) { return std::vector<float>(2 * (width + kMostLanes)); }
 
-void check_statistics(const Tensor& x, int64_t rows, const char* name) {
-  STD_TORCH_CHECK(
-      x.numel() == rows && x.scalar_type() == ScalarType::Float && x.is_contiguous(), name, " must be float32 [", rows,
-      "], as the forward pass gave it");
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tensor bias, double epsilon) {
-  const auto [rows, width] = rows_of(x);
-  check_vector(weight, width, x.scalar_type(), "weight");
-  check_vector(bias, width, x.scalar_type(), "bias");
+  const auto [rows, width] = checked_rows(x, weight, bias);
   const Tensor from = packed(x);
   Tensor y = empty_contiguous_like(x);
   Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
@@ -48,12 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tenso
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
     Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor weight, std::optional<Tensor> dz) {
-  const auto [rows, width] = rows_of(x);
-  check_same(x, dy, "x and dy");
-  if (dz) check_same(x, *dz, "x and dz");
-  check_vector(weight, width, x.scalar_type(), "weight");
-  check_statistics(mean, rows, "mean");
-  check_statistics(rstd, rows, "rstd");
+  const auto [rows, width] = checked_rows(dy, x, mean, rstd, weight, dz);
   const Tensor inputs = packed(x), gradients = packed(dy);
   const Tensor residual = dz ? packed(*dz) : inputs;
   Tensor dx = empty_contiguous_like(x);

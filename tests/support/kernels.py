@@ -20,8 +20,8 @@ def assert_as_exact(found: Tensor, exact: Tensor, torchs: Tensor, name: str = ""
     """Invariant I8: our largest error against float64 is at most twice torch's.
 
     Or a few units in the last place of the largest value, since torch may be spared by luck in a small tensor: one for
-    16-bit types, whose arithmetic is fp32 with one rounding, four for fp32, which rounds at every operation. Where terms
-    cancel, their size is `scale`.
+    16-bit types, whose arithmetic is fp32 with one rounding, four for fp32, which rounds at every operation. Where
+    terms cancel, their size is `scale`.
     """
     assert found.shape == exact.shape and found.dtype == torchs.dtype, name
     if not exact.numel():

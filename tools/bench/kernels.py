@@ -1,11 +1,11 @@
-"""The operators of csrc/ against torch, in the bandwidth they reach: GB/s of the bytes that any implementation must move.
+"""The operators of csrc/ against torch, by the bandwidth they reach: GB/s of the bytes that anyone must move.
 
     python tools/bench/kernels.py                             everything, on the CPU
     python tools/bench/kernels.py --device cuda --json build/bench/kernels_cuda.json
     python tools/bench/kernels.py --only layer_norm --compile
 
-The limit is what y.copy_(x) reaches in the same run, 8192 x 1600 in bf16 on a CPU, 1 GB on a GPU. Peers are torch's eager
-mode and, with --compile, torch.compile. docs/kernels.md counts the bytes.
+The limit is what y.copy_(x) reaches in the same run, 8192 x 1600 in bf16 on a CPU, 1 GB on a GPU. Peers are torch's
+eager mode and, with --compile, torch.compile. docs/kernels.md counts the bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     rows = machine_rows(options.device, options.repetitions, options.small)
     for operator in options.only:
-        for case in importlib.import_module(f"tools.bench.kernel_cases.{operator}").cases(options.device, options.small):
+        module = importlib.import_module(f"tools.bench.kernel_cases.{operator}")
+        for case in module.cases(options.device, options.small):
             rows.append(measure(case, rows[0].value, options))
             print(f"  {case.name}: {rows[-1].value:.3g} GB/s", file=sys.stderr, flush=True)
     report(rows, options.json)
