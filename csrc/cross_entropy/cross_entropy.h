@@ -19,6 +19,7 @@ void cross_entropy_gradient_cpu(
 
 // Throws std::runtime_error unless the shapes and types are those above.
 void check_chunk(const Tensor& logits, const Tensor& targets, int64_t words);
-void check_row_values(const Tensor& values, const Tensor& logits, const char* name);
+void check_gradient(
+    const Tensor& logits, const Tensor& targets, const Tensor& maximum, const Tensor& normalizer, int64_t words);
 
 }  // namespace megagpt2

@@ -25,10 +25,15 @@ void check_chunk(const Tensor& logits, const Tensor& targets, int64_t words) {
       "], the columns of logits");
 }
 
-void check_row_values(const Tensor& values, const Tensor& logits, const char* name) {
-  STD_TORCH_CHECK(
-      values.dim() == 1 && values.size(0) == logits.size(0) && values.scalar_type() == ScalarType::Float, name,
-      " must be float32, one for each of the ", logits.size(0), " rows of logits");
+void check_gradient(
+    const Tensor& logits, const Tensor& targets, const Tensor& maximum, const Tensor& normalizer, int64_t words) {
+  check_chunk(logits, targets, words);
+  for (const Tensor& values : {maximum, normalizer}) {
+    STD_TORCH_CHECK(
+        values.dim() == 1 && values.size(0) == logits.size(0) && values.scalar_type() == ScalarType::Float,
+        "maximum and normalizer must be float32, one for each of the ", logits.size(0), " rows of logits");
+  }
+  STD_TORCH_CHECK(logits.is_contiguous(), "logits must be contiguous: the gradient is put in their place");
 }
 
 Tensor cross_entropy_statistics_cpu(Tensor logits, Tensor targets, int64_t first, int64_t words) {
@@ -50,10 +55,7 @@ Tensor cross_entropy_statistics_cpu(Tensor logits, Tensor targets, int64_t first
 
 void cross_entropy_gradient_cpu(
     Tensor logits, Tensor targets, Tensor maximum, Tensor normalizer, int64_t first, int64_t words) {
-  check_chunk(logits, targets, words);
-  check_row_values(maximum, logits, "maximum");
-  check_row_values(normalizer, logits, "normalizer");
-  STD_TORCH_CHECK(logits.is_contiguous(), "logits must be contiguous: the gradient is put in their place");
+  check_gradient(logits, targets, maximum, normalizer, words);
   const Tensor wanted = packed(targets), peaks = packed(maximum), sums = packed(normalizer);
   const int64_t width = logits.size(1);
   with_type(logits.scalar_type(), [&](auto element) {

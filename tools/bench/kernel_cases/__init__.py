@@ -19,3 +19,4 @@ class Case:
     eager: Callable[[], object]
     compiled: Callable[[], object] | None = None  # eager's function, for torch.compile: without autograd's parts
     peers: dict[str, Callable[[], object]] = field(default_factory=dict)
+    memory: Callable[[], dict[str, float]] | None = None  # bytes held at most beyond inputs and results: "ours", peers
