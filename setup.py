@@ -22,6 +22,10 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+# Only the stable interfaces of torch 2.11 and Python 3.10: later ones have them too.
+STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+NVCC = ["-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DMEGAGPT2_CUDA", *STABLE]
+ARCHITECTURES = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST names others; newer GPUs compile the PTX as they load it
 
 
 def has_nvcc(cuda_home: str | None) -> bool:
@@ -59,16 +63,16 @@ def extension_arguments() -> dict:
         )
     with_cuda = torch.version.cuda is not None and has_nvcc(cpp_extension.CUDA_HOME)
     paths = [ROOT / "csrc" / "bindings.cpp", *sorted(ROOT.glob("csrc/*/*.cpp"))]
-    # Stable interfaces alone, of Python 3.11 and torch 2.11 on. "s": a macro's text that starts with a letter.
-    stamp = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DMEGAGPT2_SOURCES=s{hash_of_sources(ROOT / 'csrc')}"]
+    stamp = f"-DMEGAGPT2_SOURCES=s{hash_of_sources(ROOT / 'csrc')}"  # "s": a macro's text that starts with a letter
     # GCC 12 warns of its own AVX512 header, and of an interface between files that vectors don't cross.
-    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-psabi", *stamp]}
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized", "-Wno-psabi", stamp, *STABLE]}
     if sys.platform == "linux":
         flags["cxx"].append("-fopenmp")
     if with_cuda:
         paths += sorted(ROOT.glob("csrc/*/*.cu"))
         flags["cxx"].append("-DMEGAGPT2_CUDA")
-        flags["nvcc"] = ["-O3", "-DMEGAGPT2_CUDA", *stamp]
+        flags["nvcc"] = [*NVCC, stamp]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)  # not that of a GPU which happens to be here
     make_extension = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = make_extension(
         name="megagpt2._C",
@@ -84,4 +88,5 @@ def extension_arguments() -> dict:
     }
 
 
-setup(**extension_arguments())
+if __name__ == "__main__":
+    setup(**extension_arguments())

@@ -19,6 +19,7 @@ import argparse
 import atexit
 import os
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -94,6 +95,13 @@ def start_ranks(environment: RankEnvironment, plan_device: str) -> torch.device:
     return device
 
 
+def attention_for_people(config: Config) -> str:
+    """Which attention runs, and why where it was chosen for the user."""
+    if config.kernels.attention != "auto":
+        return config.kernels.attention
+    return "fused_softmax, as sdpa can't draw attention dropout" if config.model.attention_dropout else "sdpa"
+
+
 def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironment) -> dict[str, str]:
     """What the run is, for people."""
     model, parallel = config.model, config.parallel
@@ -108,6 +116,7 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
         f" {plan.micro_batch} on each of {plan.data} replicas",
         "precision": plan.precision,
         "operators": EXTENSION.describe(engine.device.type),
+        "attention": attention_for_people(config),
         "devices": f"{environment.world_size} x {engine.device.type}, started by {environment.launcher}",
         "run": str(config.run.directory),
     }
@@ -232,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
             overrides.append(f"training.check_replicas={arguments.check_replicas}")
         config = load_config(arguments.config, overrides)
         facts = Facts.detect(environment.world_size, config.training.device)
+        facts = replace(facts, operators=EXTENSION.problem(facts.device))
         plan = check(config, facts)
         material = open_material(config, plan)
         check_directory(config.run.directory)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -63,6 +64,17 @@ inline void check_vector(const Tensor& x, int64_t width, ScalarType type, const 
       " elements, of the type of x");
 }
 
+// An optional bias [width] as floats: zeros where there is none.
+inline Tensor bias_floats(const Tensor& x, const std::optional<Tensor>& bias, int64_t width) {
+  if (bias) {
+    check_vector(*bias, width, x.scalar_type(), "bias");
+    return as_floats(*bias);
+  }
+  Tensor zeros = empty(x, {width}, ScalarType::Float);
+  torch::stable::zero_(zeros);
+  return zeros;
+}
+
 // Rows of a tensor [..., width].
 struct Rows {
   int64_t rows, width;
@@ -72,6 +84,9 @@ inline Rows rows_of(const Tensor& x) {
   const int64_t width = x.size(x.dim() - 1);
   return {width == 0 ? 0 : x.numel() / width, width};
 }
+
+// Rows worth waking a thread for: 32,768 elements.
+inline int64_t rows_per_task(int64_t width) { return width >= 32768 ? 1 : 32768 / (width < 1 ? 1 : width); }
 
 // Sums over rows are made in blocks that depend on the shape alone, and the blocks are added in order: their bits
 // depend on neither the number of threads nor their timing.

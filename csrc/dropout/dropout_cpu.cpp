@@ -28,13 +28,7 @@ void drop(
 }  // namespace
 
 Tensor dropout_cpu(Tensor x, Tensor samples, int64_t key0, int64_t key1, double probability, int64_t start) {
-  STD_TORCH_CHECK(
-      probability >= 0.0 && probability < 1.0, "probability is ", probability, ": it must be at least 0 and below 1");
-  STD_TORCH_CHECK(
-      x.dim() >= 1 && x.size(0) == samples.numel(),
-      "x has ", x.dim() >= 1 ? x.size(0) : 0, " rows but there are ", samples.numel(),
-      " samples: give one for each x[i]");
-  check_place(samples, start, x.size(0) == 0 ? 0 : x.numel() / x.size(0));
+  check_dropout(x, samples, probability, start);
   const Tensor rows = packed(samples), from = packed(x);
   Tensor y = empty_contiguous_like(x);
   const Key key = make_key(key0, key1);

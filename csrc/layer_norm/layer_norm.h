@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "common/tensor.h"
 
@@ -12,6 +13,9 @@ namespace megagpt2 {
 // x [..., width], weight and bias [width] of x's type -> y like x, mean and rstd float32 [rows].
 std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tensor bias, double epsilon);
 std::tuple<Tensor, Tensor, Tensor> layer_norm_cuda(Tensor x, Tensor weight, Tensor bias, double epsilon);
+
+// What a row's loops on the CPU work in: two rows of floats, with the room of the widest vector beside each.
+inline std::vector<float> row_buffer(int64_t width) { return std::vector<float>(2 * (width + 16)); }
 
 inline Rows checked_rows(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Rows sizes = rows_of(x);

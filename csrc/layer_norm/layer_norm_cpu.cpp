@@ -12,9 +12,6 @@ namespace megagpt2 {
 namespace {
 
 constexpr int64_t kRowsPerTask = 16;
-constexpr int64_t kMostLanes = 16;
-
-std::vector<float> row_buffer(int64_t width) { return std::vector<float>(2 * (width + kMostLanes)); }
 
 }  // namespace
 

@@ -10,7 +10,7 @@ namespace {
 // registers from the one read on: the mean, the variance about it, and y are made of them.
 //
 //     warp per row      4 rows a block         up to 8 packs a lane
-//     block per row     256 or 1024 threads    up to 8 packs a thread
+//     block per row     256 or 1024 threads    up to 4 packs a thread
 //     wider rows        1024 threads           x is read again for the variance and for y, from the L2 cache mostly
 constexpr int kRowsOfWarps = 4;
 
@@ -149,8 +149,8 @@ void forward(
     launch(launch_forward<T, V, kWarp, 8>);
   } else if (packs <= 4 * 256) {
     launch(launch_forward<T, V, 256, 4>);
-  } else if (packs <= 8 * 1024) {
-    launch(launch_forward<T, V, 1024, 8>);
+  } else if (packs <= 4 * 1024) {
+    launch(launch_forward<T, V, 1024, 4>);
   } else {
     forward_wide_rows<T, V><<<grid_of(rows), kWidest, 0, stream>>>(
         x, weight, bias, y, means, rstds, rows, width, epsilon);

@@ -1,6 +1,8 @@
 // Rows of layer normalization. x, y, dy, dx: [rows, width]; weight and bias as floats; `buffer` holds 2 * width + 2 *
 // kWidth floats. Sums are made of four vectors at a time, so that additions need not wait for one another.
 
+#include "common/column_sums.h"
+
 // The mean of n floats, and the square root's inverse of their variance + epsilon.
 static inline void moments(const float* row, Float total, int64_t n, float epsilon, float* mean, float* rstd) {
   const float center = sum(total) / (float)n;
@@ -124,11 +126,4 @@ void backward_rows(
     }
     if (dz) dz += n;
   }
-}
-
-// total[i] = sum of parts[block][i] over blocks, in order; parts are `stride` apart.
-static void add_blocks(const float* parts, int64_t blocks, int64_t stride, float* total, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) total[i] = 0.0f;
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t i = 0; i < n; ++i) total[i] += parts[block * stride + i];
 }

@@ -1,7 +1,5 @@
 #include "philox/philox_cpu.h"
 
-#include <limits>
-
 #include <torch/csrc/stable/library.h>
 
 #include "common/instructions.h"
@@ -90,7 +88,6 @@ MEGAGPT2_AVX2 void fill_avx2(uint32_t* words, uint64_t block, int64_t blocks, ui
 
 void fill_words(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
 #ifdef MEGAGPT2_X86
-  static_assert(kTileBlocks % 8 == 0, "the last vector of a tile must fit into it");
   switch (instructions()) {
     case Instructions::avx512: return fill_avx512(words, block, blocks, sample, key);
     case Instructions::avx2: return fill_avx2(words, block, blocks, sample, key);
@@ -98,23 +95,6 @@ void fill_words(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample
   }
 #endif
   fill_portable(words, block, blocks, sample, key);
-}
-
-Key make_key(int64_t key0, int64_t key1) {
-  constexpr int64_t largest = std::numeric_limits<uint32_t>::max();
-  STD_TORCH_CHECK(
-      key0 >= 0 && key0 <= largest && key1 >= 0 && key1 <= largest,
-      "the key is (", key0, ", ", key1, "): give two words in [0, 2**32), as key_of makes them");
-  return {static_cast<uint32_t>(key0), static_cast<uint32_t>(key1)};
-}
-
-void check_place(const Tensor& samples, int64_t start, int64_t count) {
-  STD_TORCH_CHECK(
-      samples.scalar_type() == ScalarType::Long && samples.dim() == 1 && samples.is_cpu(),
-      "give the number of each sample, int64 [batch], on the CPU");
-  STD_TORCH_CHECK(
-      start >= 0 && count >= 0 && start <= std::numeric_limits<int64_t>::max() - kTileWords - count,
-      "start is ", start, " and count is ", count, ": elements have numbers from 0 to 2**63 - 257");
 }
 
 Tensor random_bits_cpu(int64_t key0, int64_t key1, Tensor samples, int64_t start, int64_t count) {

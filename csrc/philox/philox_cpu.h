@@ -6,6 +6,7 @@
 
 #include "common/instructions.h"
 #include "common/tensor.h"
+#include "philox/arguments.h"
 #include "philox/philox.h"
 
 namespace megagpt2 {
@@ -14,15 +15,12 @@ constexpr int64_t kTileBlocks = 64;     // counters, 1 KiB of words: small, so t
 constexpr int64_t kTileWords = 4 * kTileBlocks;
 constexpr int64_t kTilesPerTask = 128;  // what is worth waking a thread for: 32,768 elements
 
-// words[0 .. 4 * blocks) of counters block, block + 1, ... `words` has room for kTileWords: the last vector may
-// write past 4 * blocks.
+// Room for the words of this many counters: the last vector of fill_words may write past them.
+constexpr int64_t words_of_blocks(int64_t blocks) { return (blocks + 7) / 8 * 32; }
+static_assert(words_of_blocks(kTileBlocks) == kTileWords);
+
+// words[0 .. 4 * blocks) of counters block, block + 1, ...: see words_of_blocks.
 void fill_words(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key);
-
-// The two key words of an operator's arguments. Throws std::runtime_error where they aren't 32-bit words.
-Key make_key(int64_t key0, int64_t key1);
-
-// Throws std::runtime_error unless these are sample numbers on the CPU and a place that elements can have.
-void check_place(const Tensor& samples, int64_t start, int64_t count);
 
 // Calls tile(offset, words, n) for pieces that make up [0, batch * count): words are the bits of the n elements at
 // `offset` of a contiguous [batch, count], whose rows hold elements start, start + 1, ... of their samples.

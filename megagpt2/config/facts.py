@@ -21,13 +21,18 @@ class Facts:
     """The device computes fp16 in hardware."""
     deepspeed: bool = True
     """DeepSpeed can be imported."""
+    operators: str | None = None
+    """Why the compiled operators of csrc/ can't be used on the device; None where they can."""
+    apex: str | None = None
+    """Why NVIDIA apex can't be used; None where it can."""
     nvme: bool = True
     """DeepSpeed's operators for NVMe are built (`make setup-nvme`)."""
 
     @classmethod
     def detect(cls, world_size: int, device: str = "auto") -> "Facts":
         """Ask torch about this process's device. `auto` is cuda where there is one, and "cuda" stays true to
-        the machine: where there is none the facts say cpu, and the rules refuse the request."""
+        the machine: where there is none the facts say cpu, and the rules refuse the request. `operators` is left
+        to the caller: kernels/extension.py knows."""
         import torch  # here, so that reading and planning a configuration needs no torch
 
         deepspeed = importlib.util.find_spec("deepspeed") is not None
@@ -38,12 +43,26 @@ class Facts:
                 bf16=torch.cuda.is_bf16_supported(including_emulation=False),
                 fp16=torch.cuda.get_device_capability() >= (5, 3),
                 deepspeed=deepspeed,
+                apex=apex_problem(),
                 nvme=nvme_operators_built(),
             )
         return cls(
             world_size, "cpu", bf16=_processor_bf16(), fp16=_processor_fp16(), deepspeed=deepspeed,
-            nvme=nvme_operators_built(),
+            apex="it computes on GPUs, and this is a CPU", nvme=nvme_operators_built(),
         )
+
+
+def apex_problem() -> str | None:
+    """Why NVIDIA apex can't be used, or None. The package index's "apex" is another project, without these parts."""
+    if importlib.util.find_spec("apex") is None:
+        return "it can't be imported (build it from github.com/NVIDIA/apex)"
+    for part in ("apex.normalization", "apex.optimizers"):
+        try:
+            if importlib.util.find_spec(part) is None:
+                return f"the apex that is installed has no {part}: it is another project, or built without extensions"
+        except ImportError as error:
+            return f"{part} can't be imported ({error})"
+    return None
 
 
 NVME_OPERATORS = ("pin_memory", "async_io")

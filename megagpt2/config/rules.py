@@ -14,7 +14,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from megagpt2.config import offloading, refusals, yaml_format
+from megagpt2.config import choosing, offloading, refusals, yaml_format
 from megagpt2.config.batching import accumulation_steps, ramped_batch
 from megagpt2.config.errors import ConfigError
 from megagpt2.config.facts import Facts
@@ -97,6 +97,17 @@ RULES: tuple[Rule, ...] = (
         "bf16-usable",
         "bf16 on a GPU that does not compute it (on a CPU without it, it is emulated, with a warning).",
         refusals.bf16_usable,
+    ),
+    Rule(
+        "attention-draws-dropout",
+        "`kernels.attention: sdpa` with `model.attention_dropout`.",
+        choosing.attention_draws_dropout,
+    ),
+    Rule("apex-present", "`apex` in `kernels` where NVIDIA apex can't be imported.", choosing.apex_present),
+    Rule(
+        "operators-present",
+        "A GPU for which the compiled operators are not built, unless `kernels.allow_reference`.",
+        choosing.operators_present,
     ),
     Rule(
         "warmup-fits",

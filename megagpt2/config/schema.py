@@ -205,6 +205,22 @@ class OffloadConfig(Section):
         return "nvme" in (self.optimizer, self.parameters)
 
 
+class KernelsConfig(Section):
+    """Which implementation computes an operator, where there are several."""
+
+    attention: Literal["auto", "sdpa", "fused_softmax", "reference"] = "auto"
+    """`sdpa`: torch's fused attention, which never writes the weights out and has no attention dropout.
+    `fused_softmax`: two matrix products around our scale-mask-softmax, with `model.attention_dropout` in it.
+    `reference`: plain torch. `auto`: `sdpa`, and `fused_softmax` with attention dropout."""
+    layer_norm: Literal["fused", "apex", "torch"] = "fused"
+    """`fused`: ours; `apex`: NVIDIA apex's, where it is installed; `torch`: torch's."""
+    adam: Literal["fused", "apex", "torch"] = "fused"
+    """AdamW: torch's fused one, NVIDIA apex's where it is installed, or torch's unfused one."""
+    allow_reference: Bool = False
+    """Train on a GPU even where the compiled operators are not built for it, with plain torch in their place: slower,
+    and with more memory. On a CPU that needs no permission."""
+
+
 class OptimizerConfig(Section):
     """The update rule. Biases and LayerNorm parameters are not decayed."""
 
@@ -339,6 +355,8 @@ class Config(Section):
     """How the model is spread over ranks."""
     offload: OffloadConfig = OffloadConfig()
     """Where training state lies."""
+    kernels: KernelsConfig = KernelsConfig()
+    """Which implementation computes an operator."""
     optimizer: OptimizerConfig
     """The update rule."""
     schedule: ScheduleConfig = ScheduleConfig()

@@ -32,20 +32,23 @@ class Extension:
 
     def describe(self, device: str) -> str:
         """For people: what runs on a device of this type."""
+        problem = self.problem(device)
+        return f"reference ({problem})" if problem else {"cpu": "C++", "cuda": "CUDA"}[device]
+
+    def problem(self, device: str) -> str | None:
+        """Why the compiled operators can't be used on a device of this type, or None."""
         if not self.compiled:
-            return f"reference ({self.reason})"
-        if device == "cpu":
-            return "C++"
-        if device == "cuda" and self.cuda:
-            return "CUDA"
-        return f"reference (the compiled operators were built without {device})"
+            return self.reason
+        if device == "cpu" or (device == "cuda" and self.cuda):
+            return None
+        return f"{MODULE} was built without {device}: make setup, where torch is a {device} build and nvcc is installed"
 
     def serves(self, *tensors: torch.Tensor, types: frozenset[torch.dtype] = TYPES) -> bool:
         """Whether a compiled operator takes these: all on one kind of device, floating-point ones of `types`."""
         devices = {tensor.device.type for tensor in tensors}
         return (
-            self.compiled
-            and (devices == {"cpu"} or (devices == {"cuda"} and self.cuda))
+            len(devices) == 1
+            and self.problem(*devices) is None
             and all(tensor.dtype in types for tensor in tensors if tensor.is_floating_point())
         )
 

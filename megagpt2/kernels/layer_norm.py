@@ -35,6 +35,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     return layer_norm_reference(x, weight, bias, epsilon)
 
 
+def layer_norm_apex(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """`layer_norm` by apex, which is optional: kernels/choice.py says whether it is there."""
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    return fused_layer_norm_affine(x, weight, bias, tuple(weight.shape), epsilon)
+
+
+BACKENDS = {"fused": layer_norm, "apex": layer_norm_apex, "torch": layer_norm_reference}
+
+
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

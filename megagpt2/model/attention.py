@@ -12,18 +12,34 @@ from torch.utils.checkpoint import checkpoint
 from megagpt2.model.layers import Builder, Dropout
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -> Tensor:
-    """softmax(q k^T / sqrt(d), causal) v for q, k, v [batch, heads, sequence, d].
+def sdpa(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -> Tensor:
+    """By torch's fused kernels, which never write the weights out. Their dropout draws from a generator, not from
+    (sample, coordinate): the configuration does not choose them with attention dropout, and it is refused here."""
+    if drop.active:
+        raise ValueError("sdpa can't draw the masks of attention dropout: build the model with fused_softmax attention")
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    SDPA's fused kernels draw dropout from a generator of their own, not from (sample, coordinate): with attention
-    dropout the weights are written out.
-    """
-    if not drop.active:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+def reference(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -> Tensor:
+    """In plain torch, as the formula stands."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # [batch, heads, query, key]
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     weights = scores.masked_fill(future, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype)
     return drop(weights, samples) @ v
+
+
+def fused_softmax(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -> Tensor:
+    """Megatron's way: two matrix products around one operator that scales, masks, normalizes and drops."""
+    return reference(q, k, v, samples, drop)
+
+
+def auto(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropout) -> Tensor:
+    """sdpa, and fused_softmax where weights are dropped."""
+    return (fused_softmax if drop.active else sdpa)(q, k, v, samples, drop)
+
+
+ATTENTION = {"auto": auto, "sdpa": sdpa, "fused_softmax": fused_softmax, "reference": reference}
+"""softmax(q k^T / sqrt(d), causal) v for q, k, v [batch, heads, sequence, d], with dropout on the weights."""
 
 
 class Attention(nn.Module):
@@ -38,6 +54,7 @@ class Attention(nn.Module):
         self.c_attn = build.column_linear(f"{name}.c_attn", width, parts=3, units=heads, unit=self.head_width, std=std)
         self.c_proj = build.row_linear(f"{name}.c_proj", width, units=heads, unit=self.head_width, std=residual_std)
         self.dropout = build.dropout(dropout, layer, "attention", heads=heads)
+        self.attend = ATTENTION[build.kernels.attention]
         self.recompute = recompute  # "selective" (Korthikanti et al. 2022, section 5): scores are made again
 
     def forward(self, x: Tensor, samples: Tensor) -> Tensor:
@@ -47,9 +64,9 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [batch, local heads, sequence, head width]
         if self.recompute and torch.is_grad_enabled():
             y = checkpoint(
-                causal_attention, q, k, v, samples, self.dropout, use_reentrant=False, preserve_rng_state=False
+                self.attend, q, k, v, samples, self.dropout, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            y = causal_attention(q, k, v, samples, self.dropout)
+            y = self.attend(q, k, v, samples, self.dropout)
         y = y.transpose(1, 2).reshape(batch, sequence, -1)  # [batch, sequence, local heads * head width]
         return self.c_proj(y)

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt2.kernels import cross_entropy
+from megagpt2.kernels import cross_entropy, layer_norm
+from megagpt2.kernels.choice import DEFAULT, Kernels
 from megagpt2.kernels.dropout import dropout
 from megagpt2.kernels.philox import key_of
 from megagpt2.model.parameters import Spec, declare
@@ -24,6 +25,8 @@ from megagpt2.model.parameters import Spec, declare
 
 class Builder(Protocol):
     """What a model may ask for. Names are the parameters' names in a checkpoint."""
+
+    kernels: Kernels
 
     def column_linear(self, name: str, width_in: int, *, parts: int, units: int, unit: int, std: float) -> nn.Module:
         """Linear to parts x units x unit outputs; rank r gets its share of the units of every part."""
@@ -56,14 +59,15 @@ class Linear(nn.Module):
 class LayerNorm(nn.Module):
     """Layer normalization over the last dimension (Ba et al. 2016)."""
 
-    def __init__(self, name: str, width: int, epsilon: float) -> None:
+    def __init__(self, name: str, width: int, epsilon: float, backend: str) -> None:
         super().__init__()
         self.weight = declare(Spec(f"{name}.weight", (width,), constant=1.0))
         self.bias = declare(Spec(f"{name}.bias", (width,)))
         self.epsilon = epsilon
+        self.normalize = layer_norm.BACKENDS[backend]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+        return self.normalize(x, self.weight, self.bias, self.epsilon)
 
 
 class PositionEmbedding(nn.Module):
@@ -132,10 +136,10 @@ class Dropout(nn.Module):
 
 
 class DenseBuilder:
-    """Everything on one rank, in plain torch."""
+    """Everything on one rank."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, kernels: Kernels = DEFAULT) -> None:
+        self.seed, self.kernels = seed, kernels
 
     def column_linear(self, name, width_in, *, parts, units, unit, std):
         out = parts * units * unit
@@ -150,7 +154,7 @@ class DenseBuilder:
         )
 
     def layer_norm(self, name, width, epsilon):
-        return LayerNorm(name, width, epsilon)
+        return LayerNorm(name, width, epsilon, self.kernels.layer_norm)
 
     def position_embedding(self, name, context, width, std):
         return PositionEmbedding(name, context, width, std)

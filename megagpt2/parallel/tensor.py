@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt2.kernels import cross_entropy
+from megagpt2.kernels.choice import DEFAULT, Kernels
 from megagpt2.kernels.philox import key_of
 from megagpt2.model.layers import Builder, DenseBuilder, Dropout, LayerNorm, Linear, PositionEmbedding, TiedEmbedding
 from megagpt2.model.parameters import Spec, partition
@@ -61,13 +62,13 @@ class RowLinear(Linear):
 class PieceLayerNorm(LayerNorm):
     """Layer norm of a piece of the sequence."""
 
-    def __init__(self, name: str, width: int, epsilon: float, topology: Topology) -> None:
-        super().__init__(name, width, epsilon)
+    def __init__(self, name: str, width: int, epsilon: float, backend: str, topology: Topology) -> None:
+        super().__init__(name, width, epsilon, backend)
         self.group = topology.tensor_group
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = copy_to_shards(self.weight, self.group), copy_to_shards(self.bias, self.group)
-        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
+        return self.normalize(x, weight, bias, self.epsilon)
 
 
 class PiecePositionEmbedding(PositionEmbedding):
@@ -130,8 +131,10 @@ class ShardedDropout(Dropout):
 class TensorBuilder(DenseBuilder):
     """Layers whose weights are cut over the topology's tensor-parallel group."""
 
-    def __init__(self, seed: int, topology: Topology, sequence_parallel: bool) -> None:
-        super().__init__(seed)
+    def __init__(
+        self, seed: int, topology: Topology, sequence_parallel: bool, kernels: Kernels = DEFAULT
+    ) -> None:
+        super().__init__(seed, kernels)
         self.topology, self.sequence_parallel = topology, sequence_parallel
 
     def share(self, units: int) -> tuple[int, int]:
@@ -157,7 +160,7 @@ class TensorBuilder(DenseBuilder):
 
     def layer_norm(self, name, width, epsilon):
         if self.sequence_parallel:
-            return PieceLayerNorm(name, width, epsilon, self.topology)
+            return PieceLayerNorm(name, width, epsilon, self.kernels.layer_norm, self.topology)
         return super().layer_norm(name, width, epsilon)
 
     def position_embedding(self, name, context, width, std):
@@ -182,7 +185,11 @@ class TensorBuilder(DenseBuilder):
         return ShardedDropout(probability, key, self.topology.shard if self.sequence_parallel else 0, None)
 
 
-def builder_for(seed: int, topology: Topology, sequence_parallel: bool) -> Builder:
+def builder_for(
+    seed: int, topology: Topology, sequence_parallel: bool, kernels: Kernels = DEFAULT
+) -> Builder:
     """The dense builder for one shard, the sharded one otherwise."""
-    return TensorBuilder(seed, topology, sequence_parallel) if topology.tensor > 1 else DenseBuilder(seed)
+    if topology.tensor == 1:
+        return DenseBuilder(seed, kernels)
+    return TensorBuilder(seed, topology, sequence_parallel, kernels)
 

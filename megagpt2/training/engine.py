@@ -25,6 +25,7 @@ from torch import nn
 
 from megagpt2.config.rules import Plan
 from megagpt2.config.schema import Config
+from megagpt2.kernels.choice import Kernels
 from megagpt2.model.gpt2 import GPT2, layer_plans
 from megagpt2.parallel.pipeline import Pipeline, adapt_engine
 from megagpt2.parallel.quiet_deepspeed import deepspeed
@@ -128,7 +129,8 @@ class Engine:
 
 def _construct(config: Config, topology: Topology) -> tuple[nn.Module, list[int] | None]:
     """The module this rank runs, its parameters uninitialized."""
-    builder = builder_for(config.training.seed, topology, config.parallel.sequence_parallel)
+    kernels = Kernels(config.kernels.attention, config.kernels.layer_norm)
+    builder = builder_for(config.training.seed, topology, config.parallel.sequence_parallel, kernels)
     recompute = config.parallel.activation_checkpointing
     if topology.pipeline == 1:
         return GPT2(config.model, builder, recompute), None
@@ -152,7 +154,7 @@ def build_engine(config: Config, plan: Plan, topology: Topology, device: torch.d
     pipeline = topology.pipeline > 1
     engine, *_ = deepspeed.initialize(
         model=module,
-        optimizer=build_optimizer(module, config.optimizer, topology),
+        optimizer=build_optimizer(module, config.optimizer, config.kernels.adam, topology),
         config=options,
         mpu=None if pipeline else ModelParallelUnit(topology),
         dist_init_required=False,

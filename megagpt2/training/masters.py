@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megagpt2.model.parameters import Spec, specified
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import Topology
+from megagpt2.training.optimizer import set_updates
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Values = Callable[[Spec], Tensor]  # the local part of a parameter's fp32 value
@@ -141,6 +142,7 @@ def _create_moments(optimizer: torch.optim.Optimizer, flat: Tensor, updates: int
         state["step"] = torch.tensor(0.0, dtype=torch.float32, device=flat.device)
         state.update({key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS})
     state["step"].fill_(float(updates))
+    set_updates(optimizer, updates)
     for key in MOMENTS:
         state[key].zero_()
 

@@ -60,11 +60,25 @@ def parameter_groups(module: nn.Module, weight_decay: float, topology: Topology)
     ]
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, topology: Topology) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), or plain SGD, whose steps are gradients."""
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, adam: str, topology: Topology
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) by the implementation named `adam` (kernels.adam in the configuration), or
+    plain SGD, whose steps are gradients."""
     groups = parameter_groups(module, config.weight_decay, topology)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
-    )
+    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+    if adam == "apex":
+        from apex.optimizers import FusedAdam  # optional
+
+        return FusedAdam(groups, adam_w_mode=True, **options)
+    return torch.optim.AdamW(groups, fused=adam == "fused", **options)
+
+
+def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Tell an optimizer that counts in its groups, as apex's does, how many updates were made. torch's counts in the
+    state of each parameter."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group["step"] = updates

@@ -43,3 +43,10 @@ def test_words_that_do_not_divide(pool):
 def test_clipping_uses_the_true_global_norm(pool):
     for ranks, layout in [(1, {}), (4, {TP: 2, PP: 2}), (4, {TP: 2, ZERO: 2})]:
         assert clipped_length(pool, ranks, layout, 0.25) == pytest.approx(0.25, rel=1e-5)
+
+
+def test_the_unfused_adam_trains_the_same_model(pool):
+    """kernels.adam: torch on stretches of flat buffers, against the fused one on whole tensors; I5 holds on the way."""
+    reference = trained(pool, 1, {}, "train_plain")
+    agree(trained(pool, 4, {"kernels.adam": "torch", TP: 2, ZERO: 2}), reference)
+    agree(trained(pool, 4, {"kernels.adam": "torch", "kernels.layer_norm": "torch", PP: 2}), reference)

@@ -22,7 +22,7 @@ from megagpt2.config.schema import Recomputation
 from megagpt2.data.tokenizer import BYTE_OF, Tokenizer
 from megagpt2.kernels.philox import key_of, random_normal
 from megagpt2.model import initialize
-from megagpt2.model.attention import causal_attention
+from megagpt2.model.attention import ATTENTION
 from megagpt2.model.gpt2 import GPT2
 from megagpt2.model.initialize import initial_value
 from megagpt2.model.layers import DenseBuilder, Dropout
@@ -182,27 +182,30 @@ def test_initial_value_of_a_shard_is_the_slice_of_the_whole(spec, seed, chunk):
         assert torch.equal(expected, drawn * 0.02)
 
 
-class NothingDropped(Dropout):
-    """Forces the written-out attention, and drops nothing."""
-
-    active = True
-
-    def __init__(self) -> None:
-        super().__init__(0.0, (0, 0))
-
-
 @pytest.mark.parametrize("sequence", [1, 2, 33])
-def test_written_out_attention_is_sdpa(sequence):
-    """Both fp32, sums of 33 in another order, values of size 1: 1e-5; and gradients."""
+def test_every_attention_is_the_same(sequence):
+    """All fp32, sums of 33 in another order, values of size 1: 1e-5; and gradients."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, weight = (torch.randn(2, 3, sequence, 8, generator=generator).requires_grad_() for _ in range(4))
-    samples = torch.arange(2)
-    results = []
-    for drop in (Dropout(0.0, (0, 0)), NothingDropped()):
-        y = causal_attention(q, k, v, samples, drop)
-        results.append((y, *torch.autograd.grad((y * weight).sum(), (q, k, v))))
-    for fused, written in zip(*results, strict=True):
-        torch.testing.assert_close(written, fused, rtol=1e-5, atol=1e-5)
+    results = {}
+    for name, attend in ATTENTION.items():
+        y = attend(q, k, v, torch.arange(2), Dropout(0.0, (0, 0)))
+        results[name] = (y, *torch.autograd.grad((y * weight).sum(), (q, k, v)))
+    for name, found in results.items():
+        for one, other in zip(found, results["reference"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_every_attention_that_drops_draws_one_mask():
+    """The masks are functions of the coordinate: implementations may round differently, not drop differently."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 9, 8, generator=generator) for _ in range(3))
+    drop, samples = Dropout(0.5, (1, 2)), torch.tensor([3, 2**40])
+    expected = ATTENTION["reference"](q, k, v, samples, drop)
+    for name in ("auto", "fused_softmax"):
+        torch.testing.assert_close(ATTENTION[name](q, k, v, samples, drop), expected, rtol=1e-5, atol=1e-5, msg=name)
+    with pytest.raises(ValueError, match="fused_softmax"):
+        ATTENTION["sdpa"](q, k, v, samples, drop)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -16,6 +16,13 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 compiled = pytest.mark.skipif(not EXTENSION.compiled, reason=f"the operators are not compiled: {EXTENSION.reason}")
 
 
+def devices() -> list:
+    """For parametrize: the CPU, and CUDA where it is asked for and there."""
+    there = torch.cuda.is_available() and EXTENSION.cuda
+    absent = pytest.mark.skipif(not there, reason="no CUDA device, or no operators for it")
+    return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, absent])]
+
+
 def assert_as_exact(found: Tensor, exact: Tensor, torchs: Tensor, name: str = "", scale: float = 0.0) -> None:
     """Invariant I8: our largest error against float64 is at most twice torch's.
 
@@ -51,3 +58,17 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor], upstre
     leaves = [x.detach().requires_grad_() for x in inputs]
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))]
+
+
+def assert_threads_decide_nothing(function: Callable[[], list[Tensor]]) -> None:
+    """The same bits with any number of threads."""
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(function())
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))

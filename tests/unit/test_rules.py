@@ -291,6 +291,25 @@ CASES = (
         legal={ZERO: 3, FOLDER: Path("/scratch")},
         facts=replace(CPU, nvme=False),
     ),
+    Case(
+        "attention-draws-dropout",
+        {"kernels.attention": "sdpa"},
+        ("kernels.attention: sdpa was asked", "attention_dropout (0.1)", "nearest legal value: fused_softmax"),
+        legal={"model.attention_dropout": 0.1},
+    ),
+    Case(
+        "apex-present",
+        {"kernels.layer_norm": "apex"},
+        ("kernels.layer_norm: apex was asked", "can't be imported", "nearest legal values: fused, torch"),
+        facts=replace(GPU, apex="it can't be imported"),
+    ),
+    Case(
+        "operators-present",
+        {"kernels.allow_reference": False},
+        ("kernels.allow_reference: false was asked", "make setup", "nearest legal value: true"),
+        legal={"kernels.allow_reference": True},
+        facts=replace(GPU, operators="megagpt2._C is not built: make setup"),
+    ),
 )
 
 

@@ -10,6 +10,7 @@ eager mode and, with --compile, torch.compile. docs/kernels.md counts the bytes.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from pathlib import Path
@@ -25,6 +26,15 @@ from tools.bench.kernel_cases import Case  # noqa: E402
 
 OPERATORS = sorted(p.stem for p in (Path(__file__).parent / "kernel_cases").glob("*.py") if p.stem != "__init__")
 CPU_COPY, GPU_COPY = 8192 * 1600, 500_000_000  # elements of bf16
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed. By default it hands large tensors' memory back and gets it anew, page by page, for
+    every result: more time than most operators take, and alike for all of them. GPUs have a caching allocator."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def machine_rows(device: str, repetitions: int, small: bool) -> list[Row]:
@@ -66,6 +76,7 @@ def main() -> int:
               file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
+    keep_memory()
     rows = machine_rows(options.device, options.repetitions, options.small)
     for operator in options.only:
         module = importlib.import_module(f"tools.bench.kernel_cases.{operator}")

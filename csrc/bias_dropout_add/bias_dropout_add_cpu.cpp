@@ -1,0 +1,78 @@
+#include "bias_dropout_add/bias_dropout_add.h"
+
+#include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#define MEGAGPT2_LOOPS "bias_dropout_add/bias_dropout_add_loops.h"
+#include "common/variants.h"
+
+namespace megagpt2 {
+
+Tensor bias_dropout_add_cpu(
+    Tensor x, std::optional<Tensor> bias, Tensor residual, std::optional<Tensor> samples, int64_t key0, int64_t key1,
+    double probability, int64_t start) {
+  const auto [rows, width] = rows_of(x);
+  check_same(x, residual, "x and residual");
+  const DropoutArguments dropout = dropout_arguments(x, samples, key0, key1, probability, start);
+  const Tensor from = packed(x), stream = packed(residual), biases = bias_floats(x, bias, width);
+  Tensor z = empty_contiguous_like(x);
+  with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
+    using T = decltype(element);
+    const auto forward = MEGAGPT2_VARIANT(residual_row<T>);
+    torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+      RowWords words(dropout.rows);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = row * width;
+        forward(
+            data<T>(from) + at, data<float>(biases), data<T>(stream) + at, words.of(row), dropout.rows.threshold,
+            dropout.rows.scale, mutable_data<T>(z) + at, width);
+      }
+    });
+  });
+  return z;
+}
+
+std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
+    Tensor dz, std::optional<Tensor> samples, int64_t key0, int64_t key1, double probability, int64_t start) {
+  const auto [rows, width] = rows_of(dz);
+  const DropoutArguments dropout = dropout_arguments(dz, samples, key0, key1, probability, start);
+  const Tensor gradients = packed(dz);
+  Tensor dx = samples ? empty_contiguous_like(dz) : empty(dz, {0}), d_bias = empty(dz, {width}, ScalarType::Float);
+  const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
+  std::vector<float> parts(blocks * width, 0.0f);
+  with_type(dz.scalar_type(), [&, rows = rows, width = width](auto element) {
+    using T = decltype(element);
+    const auto backward = MEGAGPT2_VARIANT(residual_backward_row<T>);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      RowWords words(dropout.rows);
+      for (int64_t block = begin; block < end; ++block) {
+        for (int64_t row = block * step; row < std::min(rows, (block + 1) * step); ++row) {
+          const int64_t at = row * width;
+          backward(
+              data<T>(gradients) + at, words.of(row), dropout.rows.threshold, dropout.rows.scale,
+              samples ? mutable_data<T>(dx) + at : nullptr, parts.data() + block * width, width);
+        }
+      }
+    });
+  });
+  MEGAGPT2_VARIANT(add_blocks)(parts.data(), blocks, width, mutable_data<float>(d_bias), width);
+  return {dx, torch::stable::to(d_bias, dz.scalar_type())};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {
+  m.def(
+      "bias_dropout_add(Tensor x, Tensor? bias, Tensor residual, Tensor? samples, int key0, int key1,"
+      " float probability, SymInt start) -> Tensor");
+  m.def(
+      "bias_dropout_add_backward(Tensor dz, Tensor? samples, int key0, int key1, float probability, SymInt start)"
+      " -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megagpt2, CPU, m) {
+  m.impl("bias_dropout_add", TORCH_BOX(&bias_dropout_add_cpu));
+  m.impl("bias_dropout_add_backward", TORCH_BOX(&bias_dropout_add_backward_cpu));
+}
+
+}  // namespace megagpt2

@@ -1,0 +1,63 @@
+#include "bias_gelu/bias_gelu.h"
+
+#include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#define MEGAGPT2_LOOPS "bias_gelu/bias_gelu_loops.h"
+#include "common/variants.h"
+
+namespace megagpt2 {
+
+Tensor bias_gelu_cpu(Tensor x, Tensor bias) {
+  const auto [rows, width] = rows_of(x);
+  check_vector(bias, width, x.scalar_type(), "bias");
+  const Tensor from = packed(x), biases = as_floats(bias);
+  Tensor y = empty_contiguous_like(x);
+  with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
+    using T = decltype(element);
+    const auto forward = MEGAGPT2_VARIANT(bias_gelu_rows<T>);
+    torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+      const int64_t at = begin * width;
+      forward(data<T>(from) + at, data<float>(biases), mutable_data<T>(y) + at, end - begin, width);
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor dy, Tensor x, Tensor bias) {
+  const auto [rows, width] = rows_of(x);
+  check_same(x, dy, "x and dy");
+  check_vector(bias, width, x.scalar_type(), "bias");
+  const Tensor inputs = packed(x), gradients = packed(dy), biases = as_floats(bias);
+  Tensor dx = empty_contiguous_like(x), d_bias = empty(x, {width}, ScalarType::Float);
+  const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
+  std::vector<float> parts(blocks * width, 0.0f);
+  with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
+    using T = decltype(element);
+    const auto backward = MEGAGPT2_VARIANT(bias_gelu_backward_rows<T>);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t row = block * step, at = row * width;
+        backward(
+            data<T>(gradients) + at, data<T>(inputs) + at, data<float>(biases), mutable_data<T>(dx) + at,
+            parts.data() + block * width, std::min(step, rows - row), width);
+      }
+    });
+  });
+  MEGAGPT2_VARIANT(add_blocks)(parts.data(), blocks, width, mutable_data<float>(d_bias), width);
+  return {dx, torch::stable::to(d_bias, x.scalar_type())};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {
+  m.def("bias_gelu(Tensor x, Tensor bias) -> Tensor");
+  m.def("bias_gelu_backward(Tensor dy, Tensor x, Tensor bias) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megagpt2, CPU, m) {
+  m.impl("bias_gelu", TORCH_BOX(&bias_gelu_cpu));
+  m.impl("bias_gelu_backward", TORCH_BOX(&bias_gelu_backward_cpu));
+}
+
+}  // namespace megagpt2

@@ -1,0 +1,52 @@
+// Rows of GELU with a bias. x, y, dy, dx: [rows, width]; bias as floats.
+//
+//     gelu(h) = h (1 + tanh(u)) / 2 = h / (1 + exp(-2 u))      -2 u = h (a + b h^2)
+//
+// The second form needs no tanh, and keeps its digits where tanh(u) is near -1 and the first one loses them all.
+
+#include "common/column_sums.h"
+
+constexpr float kGeluA = -1.5957691216057308f;  // -2 sqrt(2 / pi)
+constexpr float kGeluB = 0.044715f * kGeluA;
+
+static inline Float gelu(Float h) { return h / (1.0f + exponential(h * (kGeluA + kGeluB * (h * h)))); }
+
+// gelu'(h) = s - h (1 - s) s (-2 u)'      s = 1 / (1 + e)      1 - s = e s      e = exp(-2 u)
+//
+// It is 1 above 10 and 0 below -10, to less than 1e-35, and there the factors would overflow. A NaN stays.
+static inline Float gelu_slope(Float h) {
+  const Float limited = lesser(all(10.0f), h), square = limited * limited;
+  const Float e = exponential(limited * (kGeluA + kGeluB * square));
+  const Float s = 1.0f / (1.0f + e);
+  const Float slope = s - limited * (e * s) * s * (kGeluA + 3.0f * kGeluB * square);
+  return choose(h < -10.0f, Float{}, slope);
+}
+
+template <typename T>
+void bias_gelu_rows(const T* x, const float* bias, T* y, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r, x += n, y += n) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(y + i, gelu(load(x + i) + load(bias + i)));
+    if (i < n) store(y + i, gelu(load(x + i, n - i) + load(bias + i, n - i)), n - i);
+  }
+}
+
+// d_bias [width]: added to.
+template <typename T>
+void bias_gelu_backward_rows(
+    const T* dy, const T* x, const float* bias, T* dx, float* d_bias, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r, x += n, dy += n, dx += n) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      const Float d = load(dy + i) * gelu_slope(load(x + i) + load(bias + i));
+      store(dx + i, d);
+      store(d_bias + i, load(d_bias + i) + d);
+    }
+    if (i < n) {
+      const int64_t left = n - i;
+      const Float d = load(dy + i, left) * gelu_slope(load(x + i, left) + load(bias + i, left));
+      store(dx + i, d, left);
+      store(d_bias + i, load(d_bias + i, left) + d, left);
+    }
+  }
+}

@@ -1,0 +1,37 @@
+#include "dropout/row_dropout.h"
+
+#include "dropout/dropout.h"
+#include "philox/philox_cpu.h"
+
+namespace megagpt2 {
+
+DropoutArguments dropout_arguments(
+    const Tensor& x, const std::optional<Tensor>& samples, int64_t key0, int64_t key1, double probability,
+    int64_t start) {
+  if (!samples) return {};
+  check_dropout(x, *samples, probability, start);
+  STD_TORCH_CHECK(x.dim() >= 2, "x must be [batch, ..., width] where samples are given");
+  const Tensor numbers = packed(*samples);
+  RowDropout rows;
+  rows.samples = data<int64_t>(numbers);
+  rows.key = make_key(key0, key1);
+  rows.start = start;
+  rows.width = x.size(x.dim() - 1);
+  rows.rows_per_sample = x.numel() == 0 ? 1 : x.numel() / (x.size(0) * rows.width);
+  rows.threshold = dropout_threshold(probability);
+  rows.scale = static_cast<float>(1.0 / (1.0 - probability));
+  return {numbers, rows};
+}
+
+RowWords::RowWords(const RowDropout& dropout) : dropout_(dropout) {
+  if (dropout.samples) words_.resize(words_of_blocks(dropout.width / 4 + 2));
+}
+
+const uint32_t* RowWords::of(int64_t row) {
+  if (!dropout_.samples) return nullptr;
+  const uint64_t first = dropout_.first_element(row), block = first / 4, last = (first + dropout_.width + 3) / 4;
+  fill_words(words_.data(), block, static_cast<int64_t>(last - block), dropout_.sample(row), dropout_.key);
+  return words_.data() + first % 4;
+}
+
+}  // namespace megagpt2

@@ -1,0 +1,101 @@
+#include "layer_norm/residual_layer_norm.h"
+
+#include <algorithm>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "layer_norm/layer_norm.h"
+
+#define MEGAGPT2_LOOPS "layer_norm/residual_layer_norm_loops.h"
+#include "common/variants.h"
+
+namespace megagpt2 {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
+    Tensor x, std::optional<Tensor> bias, Tensor residual, Tensor weight, Tensor norm_bias, double epsilon,
+    std::optional<Tensor> samples, int64_t key0, int64_t key1, double probability, int64_t start) {
+  const auto [rows, width] = checked_rows(x, weight, norm_bias);
+  check_same(x, residual, "x and residual");
+  const DropoutArguments dropout = dropout_arguments(x, samples, key0, key1, probability, start);
+  const Tensor from = packed(x), stream = packed(residual), biases = bias_floats(x, bias, width);
+  const Tensor weights = as_floats(weight), norm_biases = as_floats(norm_bias);
+  Tensor z = empty_contiguous_like(x), y = empty_contiguous_like(x);
+  Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
+  with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
+    using T = decltype(element);
+    const auto add = MEGAGPT2_VARIANT(residual_row<T>);
+    const auto normalize = MEGAGPT2_VARIANT(forward_rows<T>);
+    torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer = row_buffer(width);
+      RowWords words(dropout.rows);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = row * width;
+        T* sum = mutable_data<T>(z) + at;
+        add(data<T>(from) + at, data<float>(biases), data<T>(stream) + at, words.of(row), dropout.rows.threshold,
+            dropout.rows.scale, sum, width);
+        normalize(
+            sum, mutable_data<T>(y) + at, mutable_data<float>(mean) + row, mutable_data<float>(rstd) + row,
+            data<float>(weights), data<float>(norm_biases), 1, width, static_cast<float>(epsilon), buffer.data());
+      }
+    });
+  });
+  return {z, y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_cpu(
+    Tensor dy, std::optional<Tensor> dz, Tensor z, Tensor mean, Tensor rstd, Tensor weight,
+    std::optional<Tensor> samples, int64_t key0, int64_t key1, double probability, int64_t start) {
+  const auto [rows, width] = checked_rows(dy, z, mean, rstd, weight, dz);
+  const DropoutArguments dropout = dropout_arguments(z, samples, key0, key1, probability, start);
+  const Tensor sums = packed(z), gradients = packed(dy), stream = dz ? packed(*dz) : sums, weights = as_floats(weight);
+  Tensor d_residual = empty_contiguous_like(z), dx = samples ? empty_contiguous_like(z) : empty(z, {0});
+  const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
+  std::vector<float> parts(3 * blocks * width, 0.0f);  // d weight, d norm_bias and d bias of each block
+  with_type(z.scalar_type(), [&, rows = rows, width = width](auto element) {
+    using T = decltype(element);
+    const auto normalize = MEGAGPT2_VARIANT(backward_rows<T>);
+    const auto add = MEGAGPT2_VARIANT(residual_backward_row<T>);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> buffer = row_buffer(width);
+      RowWords words(dropout.rows);
+      for (int64_t block = begin; block < end; ++block) {
+        float* part = parts.data() + 3 * block * width;
+        for (int64_t row = block * step; row < std::min(rows, (block + 1) * step); ++row) {
+          const int64_t at = row * width;
+          T* to = mutable_data<T>(d_residual) + at;
+          normalize(
+              data<T>(gradients) + at, data<T>(sums) + at, dz ? data<T>(stream) + at : nullptr,
+              data<float>(mean) + row, data<float>(rstd) + row, data<float>(weights), to, part, part + width, 1, width,
+              buffer.data());
+          add(to, words.of(row), dropout.rows.threshold, dropout.rows.scale,
+              samples ? mutable_data<T>(dx) + at : nullptr, part + 2 * width, width);
+        }
+      }
+    });
+  });
+  const auto add = MEGAGPT2_VARIANT(add_blocks);
+  const auto total = [&, width = width](int64_t which) {
+    Tensor columns = empty(z, {width}, ScalarType::Float);
+    add(parts.data() + which * width, blocks, 3 * width, mutable_data<float>(columns), width);
+    return torch::stable::to(columns, z.scalar_type());
+  };
+  return {d_residual, dx, total(2), total(0), total(1)};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {
+  m.def(
+      "residual_layer_norm(Tensor x, Tensor? bias, Tensor residual, Tensor weight, Tensor norm_bias, float epsilon,"
+      " Tensor? samples, int key0, int key1, float probability, SymInt start) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_layer_norm_backward(Tensor dy, Tensor? dz, Tensor z, Tensor mean, Tensor rstd, Tensor weight,"
+      " Tensor? samples, int key0, int key1, float probability, SymInt start)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megagpt2, CPU, m) {
+  m.impl("residual_layer_norm", TORCH_BOX(&residual_layer_norm_cpu));
+  m.impl("residual_layer_norm_backward", TORCH_BOX(&residual_layer_norm_backward_cpu));
+}
+
+}  // namespace megagpt2

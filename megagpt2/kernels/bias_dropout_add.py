@@ -1,0 +1,88 @@
+"""residual + dropout(x + bias): how the output of attention and of the MLP joins the residual stream.
+
+Contract: x [batch, ..., width], bias [width] or None, residual like x, of one type;
+
+    z = residual + (x + bias) keep / (1 - p)      keep = [bits >= p * 2**32], of kernels/dropout.py
+
+in fp32, with one rounding at the end (the reference rounds at every operation). Where an element is dropped, z is the
+residual, whatever x is there. The mask is never stored but drawn again for the gradients
+
+    d residual = dz      dx = dz keep / (1 - p)      d bias = sum_rows dx
+
+where the sum is of unrounded values, in blocks of rows that depend on the shape alone: its bits depend on neither
+threads nor timing. At p = 0 dx is dz itself, and nothing is drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megagpt2.kernels.checks import check_dropout, check_same, check_vector
+from megagpt2.kernels.dropout import dropout_reference
+from megagpt2.kernels.extension import EXTENSION
+
+
+def bias_dropout_add_reference(
+    x: Tensor, bias: Tensor | None, residual: Tensor, samples: Tensor | None = None, key: tuple[int, int] = (0, 0),
+    probability: float = 0.0, start: int = 0,
+) -> Tensor:
+    """`bias_dropout_add` in plain torch, on any device and in any floating-point type."""
+    h = x if bias is None else x + bias
+    return residual + (h if samples is None else dropout_reference(h, samples, key, probability, start))
+
+
+def bias_dropout_add(
+    x: Tensor, bias: Tensor | None, residual: Tensor, samples: Tensor | None = None, key: tuple[int, int] = (0, 0),
+    probability: float = 0.0, start: int = 0,
+) -> Tensor:
+    """residual + dropout(x + bias), for x [batch, ..., width], bias [width] or None, and residual like x.
+
+    samples, key, probability and start are those of `dropout`, and not looked at where the probability is 0.
+    Raises ValueError for tensors that don't fit.
+    """
+    if bias is not None:
+        check_vector(x, bias, "bias")
+    check_same(x, residual, "residual")
+    if probability == 0.0:
+        samples, key, start = None, (0, 0), 0
+    else:
+        check_dropout(x, samples, probability)
+    if EXTENSION.serves(*(tensor for tensor in (x, bias, residual, samples) if tensor is not None)):
+        return torch.ops.megagpt2.bias_dropout_add(x, bias, residual, samples, *key, probability, start)
+    return bias_dropout_add_reference(x, bias, residual, samples, key, probability, start)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake(x, bias, residual, samples, key0, key1, probability, start):
+    return _like(x)
+
+
+def _fake_backward(dz, samples, key0, key1, probability, start):
+    return dz.new_empty(0) if samples is None else _like(dz), dz.new_empty(dz.shape[-1])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, bias, _, samples, *ctx.arguments = inputs
+    ctx.with_bias = bias is not None
+    ctx.save_for_backward(samples)
+
+
+def _backward(ctx, dz):
+    (samples,) = ctx.saved_tensors
+    dx, d_bias = dz, None
+    if ctx.with_bias:
+        drawn, d_bias = torch.ops.megagpt2.bias_dropout_add_backward(dz, samples, *ctx.arguments)
+        dx = dz if samples is None else drawn
+    elif samples is not None:
+        dx = torch.ops.megagpt2.dropout(dz, samples, *ctx.arguments)
+    return dx, d_bias, dz, *[None] * 5
+
+
+if EXTENSION.compiled:
+    torch.library.register_fake("megagpt2::bias_dropout_add", _fake)
+    torch.library.register_fake("megagpt2::bias_dropout_add_backward", _fake_backward)
+    torch.library.register_autograd("megagpt2::bias_dropout_add", _backward, setup_context=_setup_context)

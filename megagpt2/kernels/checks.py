@@ -1,0 +1,35 @@
+"""What the operators ask of their arguments, in words for those who call them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_vector(x: Tensor, vector: Tensor, name: str) -> None:
+    """Raise ValueError unless `vector` has one element for each column of x [..., width], of x's type."""
+    if vector.dim() != 1 or vector.shape != x.shape[-1:] or vector.dtype != x.dtype:
+        raise ValueError(
+            f"{name} is {vector.dtype} {list(vector.shape)} and x {x.dtype} {list(x.shape)}: give one element of "
+            f"x's type for each column of x"
+        )
+
+
+def check_same(x: Tensor, other: Tensor, name: str) -> None:
+    """Raise ValueError unless `other` has x's shape and type."""
+    if other.shape != x.shape or other.dtype != x.dtype:
+        raise ValueError(
+            f"{name} is {other.dtype} {list(other.shape)} and x {x.dtype} {list(x.shape)}: give both alike"
+        )
+
+
+def check_dropout(x: Tensor, samples: Tensor | None, probability: float) -> None:
+    """Raise ValueError unless x [batch, ..., width] can be dropped with these."""
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"probability is {probability}: it must be at least 0 and below 1")
+    if samples is None:
+        raise ValueError(f"probability is {probability} but there are no samples: give one for each x[i]")
+    if x.dim() < 2 or samples.shape != x.shape[:1]:
+        raise ValueError(
+            f"samples are {list(samples.shape)} and x is {list(x.shape)}: x is [batch, ..., width], "
+            "and each x[i] has a sample"
+        )

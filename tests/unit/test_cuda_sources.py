@@ -1,0 +1,87 @@
+"""The CUDA sources compile without a GPU, as they do on login nodes, and no kernel spills registers to memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def compiled(source: Path, *architectures: str) -> subprocess.CompletedProcess[str]:
+    """nvcc as setup.py calls it, with torch's headers; ptxas tells what each kernel needs."""
+    targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
+    includes = [f"-I{path}" for path in (ROOT / "csrc", *cpp_extension.include_paths())]
+    command = [NVCC, "-c", source, "-o", os.devnull, "-std=c++17", "-Xptxas", "-v", *targets, *includes,
+               *SETUP["NVCC"], *cpp_extension.COMMON_NVCC_FLAGS]  # fmt: skip
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Path, subprocess.CompletedProcess[str]]:
+    if NVCC is None:
+        if os.environ.get("MEGAGPT2_REQUIRE_NVCC") == "1":
+            pytest.fail("nvcc is missing: install the CUDA toolkit, or unset MEGAGPT2_REQUIRE_NVCC")
+        pytest.skip("nvcc is not installed")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SOURCES, pool.map(lambda source: compiled(source, "sm_90"), SOURCES), strict=True))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_and_do_not_spill(results, source):
+    result = results[source]
+    assert result.returncode == 0, result.stderr[-3000:]
+    log = result.stdout + result.stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)'", log)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(kernels) == len(spills) > 0
+    spilling = [name for name, spill in zip(kernels, spills, strict=True) if spill != ("0", "0")]
+    assert not spilling, f"registers spill in {spilling}"
+
+
+def test_every_operator_of_the_cpu_has_a_cuda_side():
+    """Schema by schema: what is registered for one kind of device is registered for the other."""
+    found = {}
+    for suffix, device in ((".cpp", "CPU"), (".cu", "CUDA")):
+        text = "".join(path.read_text() for path in (ROOT / "csrc").glob(f"*/*{suffix}"))
+        blocks = re.findall(rf"IMPL\(megagpt2, {device}, m\) \{{(.*?)\n?\}}", text, re.DOTALL)
+        found[device] = set(re.findall(r'm\.impl\("(\w+)"', "".join(blocks)))
+    assert found["CPU"] and found["CPU"] == found["CUDA"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_for_older_gpus(source):
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    result = compiled(source, "sm_80")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_build_is_for_the_devices_that_are_named(monkeypatch):
+    """By torch's CUDA version and nvcc, not by a GPU that happens to be there: login nodes have none."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(NVCC).resolve().parents[1]))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.delenv("MEGAGPT2_NO_EXT", raising=False)
+    [module] = SETUP["extension_arguments"]()["ext_modules"]
+    assert {path.name for path in SOURCES} <= {Path(name).name for name in module.sources}
+    assert "-DMEGAGPT2_CUDA" in module.extra_compile_args["cxx"]
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == SETUP["ARCHITECTURES"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
+    SETUP["extension_arguments"]()
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "10.0"
