@@ -1,19 +1,11 @@
 #include "cross_entropy/cross_entropy.h"
 
-#include <algorithm>
-
 #include <torch/csrc/stable/library.h>
 
 #define MEGAGPT2_LOOPS "cross_entropy/cross_entropy_loops.h"
 #include "common/variants.h"
 
 namespace megagpt2 {
-namespace {
-
-// Rows of a task: 32,768 logits are worth waking a thread for.
-int64_t rows_per_task(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)); }
-
-}  // namespace
 
 void check_chunk(const Tensor& logits, const Tensor& targets, int64_t words) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must be [tokens, rows of the vocabulary]");

@@ -36,11 +36,11 @@ from megagpt2.kernels.split_sum import split_sum_add_, split_sum_round_
 
 Reduce = Callable[[Tensor], Tensor]
 
-# Logits at a time: 416 tokens of 50,304 words, 42 MB in 16 bits. A chunk reads W twice and reads and writes d W: the more
-# tokens it has, the less that matters beside its matrix products.
+# Logits at a time: 416 tokens of 50,304 words, 42 MB in 16 bits. A chunk reads W twice and reads and writes d W: with
+# more tokens that matters less beside its matrix products.
 _CHUNK_ELEMENTS = 5 << 22
-# Elements at a time of a matrix product in 16 bits that is on its way into d W, or of which torch makes an fp32 copy on a
-# CPU: 6 MB there. A GPU gets a product worth starting, 17 MB in fp32: its L2 cache still has it when it is added.
+# Elements at a time of a matrix product in 16 bits that is on its way into d W, or of which torch makes an fp32 copy on
+# a CPU: 6 MB there. A GPU gets a product worth starting, 17 MB in fp32: its L2 cache still has it when it is added.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 22
 
 
