@@ -167,9 +167,9 @@ def _workspace(config: Config, plan: Plan, place: Place) -> tuple[int, int]:
     """(during forward and backward, during the update): bytes of what is made and freed there."""
     size, zero, model = ELEMENT_BYTES[plan.precision], _zero_options(config), config.model
     forward = update = 0
-    if place.head_rows:  # kernels/cross_entropy.py makes d hidden and d weight (fp32, then cast) in the forward pass
+    if place.head_rows:  # kernels/cross_entropy.py makes d hidden and d weight (its sum in fp32) in the forward pass
         tokens = plan.micro_batch * plan.sequence_length
-        forward += size * model.width * tokens + (4 + size) * place.head_rows * model.width
+        forward += size * model.width * tokens + 4 * place.head_rows * model.width
     if plan.activation_checkpointing in ("full", "full_offload"):  # the block that is being computed again
         forward += block_activations(model, plan, place.shard, "none")
     elif plan.activation_checkpointing == "selective":

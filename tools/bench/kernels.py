@@ -5,7 +5,8 @@
     python tools/bench/kernels.py --only layer_norm --compile
 
 The limit is what y.copy_(x) reaches in the same run, 8192 x 1600 in bf16 on a CPU, 1 GB on a GPU. Peers are torch's
-eager mode and, with --compile, torch.compile. docs/kernels.md counts the bytes.
+eager mode and, with --compile, torch.compile. docs/kernels.md counts the bytes. An operator around matrix products is
+measured in TFLOP/s, and its limit is a product's rate.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -52,15 +54,20 @@ def machine_rows(device: str, repetitions: int, small: bool) -> list[Row]:
     ]
 
 
-def measure(case: Case, copy: float, options) -> Row:
-    """Ours and its peers in turns."""
+def measure(case: Case, machine: list[Row], options) -> Iterator[Row]:
+    """Ours and its peers in turns; then what they hold, where a case asks for it."""
     calls = {"ours": case.ours, "eager": case.eager, **case.peers}
     if options.compile and case.compiled is not None:
         torch.compiler.reset()
         calls["compile"] = torch.compile(case.compiled)
     seconds = medians(calls, options.repetitions, options.device)
-    speed = {name: case.bytes / value / 1e9 for name, value in seconds.items()}
-    return Row("kernels", case.name, "bandwidth", speed.pop("ours"), "GB/s", peers=speed, limit=copy)
+    copy, gemm = machine
+    work, limit = (case.operations / 1e12, gemm) if case.operations else (case.bytes / 1e9, copy)
+    speed = {name: work / value for name, value in seconds.items()}
+    yield Row("kernels", case.name, limit.metric, speed.pop("ours"), limit.unit, peers=speed, limit=limit.value)
+    if case.memory is not None:
+        held = {name: value / 1e9 for name, value in case.memory().items()}
+        yield Row("kernels", case.name, "extra memory", held.pop("ours"), "GB", higher_is_better=False, peers=held)
 
 
 def main() -> int:
@@ -81,8 +88,9 @@ def main() -> int:
     for operator in options.only:
         module = importlib.import_module(f"tools.bench.kernel_cases.{operator}")
         for case in module.cases(options.device, options.small):
-            rows.append(measure(case, rows[0].value, options))
-            print(f"  {case.name}: {rows[-1].value:.3g} GB/s", file=sys.stderr, flush=True)
+            for row in measure(case, rows[:2], options):
+                rows.append(row)
+                print(f"  {row.case}: {row.value:.3g} {row.unit}", file=sys.stderr, flush=True)
     report(rows, options.json)
     return 0
 

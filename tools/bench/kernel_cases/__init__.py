@@ -19,3 +19,5 @@ class Case:
     eager: Callable[[], object]
     compiled: Callable[[], object] | None = None  # eager's function, for torch.compile: without autograd's parts
     peers: dict[str, Callable[[], object]] = field(default_factory=dict)
+    operations: int = 0  # of matrix products, where they are the work: the case is measured in TFLOP/s then
+    memory: Callable[[], dict[str, float]] | None = None  # bytes held at most beyond inputs and results: "ours", peers

@@ -1,0 +1,25 @@
+// What the cross-entropy does with a chunk of logits, beside the matrix products: one pass for each row's maximum, sum of
+// exponentials and target, one that puts the gradient in the logits' place. megagpt2/kernels/cross_entropy.py has the
+// contract and the reference.
+#pragma once
+
+#include "common/tensor.h"
+
+namespace megagpt2 {
+
+// logits [n, width], whose first `words` columns are the words first, first + 1, ... and the rest padding; targets int64
+// [n] -> float32 [3, n]: maximum over the words, sum of exp(logit - maximum), the target's logit (0 where the target is
+// not among these words). Without a word the maximum is -infinity and the sum 0.
+Tensor cross_entropy_statistics_cpu(Tensor logits, Tensor targets, int64_t first, int64_t words);
+
+// logits [n, width], contiguous, become exp(logit - maximum) / normalizer - [word is target], 0 in the padding. maximum
+// and normalizer: float32 [n], over the whole vocabulary.
+void cross_entropy_gradient_cpu(
+    Tensor logits, Tensor targets, Tensor maximum, Tensor normalizer, int64_t first, int64_t words);
+
+// Throws std::runtime_error unless the shapes and types are those above.
+void check_chunk(const Tensor& logits, const Tensor& targets, int64_t words);
+void check_gradient(
+    const Tensor& logits, const Tensor& targets, const Tensor& maximum, const Tensor& normalizer, int64_t words);
+
+}  // namespace megagpt2

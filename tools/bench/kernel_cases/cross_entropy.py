@@ -1,0 +1,124 @@
+"""The head with its cross-entropy, forward and backward, and the two passes over a chunk of logits that are ours.
+
+The head's matrix products are torch's on both sides: its limit is their rate, three products for each token, word and
+channel. Its memory is what a process holds at most beyond hidden, weight and their gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from megagpt2.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics, head_cross_entropy
+from tools.bench.kernel_cases import Case
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def eager_head(hidden, weight, targets):
+    return F.cross_entropy(hidden @ weight.T, targets)
+
+
+def our_head(hidden, weight, targets):
+    return head_cross_entropy(hidden, weight, targets, 0, len(weight))
+
+
+HEADS = {"ours": our_head, "eager": eager_head}
+
+
+def leaves(tokens: int, words: int, width: int, dtype: torch.dtype, device: str):
+    """hidden, weight and targets of a head."""
+    hidden, weight = (torch.randn(n, width, device=device).to(dtype).requires_grad_() for n in (tokens, words))
+    return hidden, weight, torch.randint(words, (tokens,), device=device)
+
+
+def cases(device: str, small: bool) -> Iterator[Case]:
+    """GPT-2's vocabulary. bf16 on a GPU only: few CPUs multiply it."""
+    words = 512 if small else 50304
+    tokens = 64 if small else 500
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        yield from _passes(tokens, words, name, dtype, device)
+    shape = (64, words, 32) if small else (2048, words, 768) if device == "cpu" else (16384, words, 1600)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if small or device == "cuda" or name == "fp32":
+            yield _head(shape, name, dtype, device)
+
+
+def _passes(tokens: int, words: int, name: str, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    logits = torch.randn(tokens, words, device=device).to(dtype)
+    targets = torch.randint(words, (tokens,), device=device)
+    moved = logits.numel() * logits.element_size()
+
+    def eager():
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    yield Case(
+        f"cross_entropy_statistics {tokens}x{words} {name}", moved,
+        lambda: cross_entropy_statistics(logits, targets, 0, words), eager, compiled=eager,
+    )
+    maximum, total, _ = cross_entropy_statistics(logits, targets, 0, words)
+    gradient, leaf = logits.clone(), logits.clone().requires_grad_()
+    loss = F.cross_entropy(leaf, targets)
+    yield Case(
+        f"cross_entropy_gradient_ {tokens}x{words} {name}", 2 * moved,
+        lambda: cross_entropy_gradient_(gradient, targets, maximum, total, 0, words),
+        lambda: torch.autograd.grad(loss, leaf, retain_graph=True),
+    )
+
+
+def _head(shape: tuple[int, int, int], name: str, dtype: torch.dtype, device: str) -> Case:
+    inputs = leaves(*shape, dtype, device)
+
+    def differentiated(head):
+        return lambda: torch.autograd.grad(head(*inputs), inputs[:2])
+
+    def memory() -> dict[str, float]:
+        return {which: _memory(which, shape, name, device) for which in HEADS}
+
+    return Case(
+        f"cross_entropy forward+backward {'x'.join(map(str, shape))} {name}",
+        2 * sum(x.numel() * x.element_size() for x in inputs[:2]),
+        differentiated(our_head), differentiated(eager_head), operations=6 * math.prod(shape), memory=memory,
+    )
+
+
+@cache
+def _memory(which: str, shape: tuple[int, int, int], name: str, device: str) -> float:
+    """Bytes that a head holds at most beyond its inputs and gradients, in a process of its own."""
+    end = subprocess.run(
+        [sys.executable, "-m", __name__, which, *map(str, shape), name, device], cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    )
+    return float(end.stdout)
+
+
+def _held(what: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return 1024 * int(line.split()[1])
+
+
+def main() -> None:
+    """WHICH TOKENS WORDS WIDTH TYPE DEVICE: print what _memory asks for."""
+    which, tokens, words, width, name, device = sys.argv[1:]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    warm, inputs = (leaves(n, w, int(width), dtype, device) for n, w in ((256, 256), (int(tokens), int(words))))
+    torch.autograd.grad(HEADS[which](*warm), warm[:2])  # what torch loads and keeps
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        before, peak = _held("VmRSS"), lambda: _held("VmHWM")
+    gradients = torch.autograd.grad(HEADS[which](*inputs), inputs[:2])
+    returned = sum(g.numel() * g.element_size() for g in gradients)
+    print(max(peak() - before - returned, 4096))  # what is below a page isn't seen
+
+
+if __name__ == "__main__":
+    main()
