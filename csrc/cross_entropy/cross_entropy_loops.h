@@ -9,9 +9,8 @@ static inline float largest_of(const T* x, int64_t n) {
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)
     for (int k = 0; k < 4; ++k) peaks[k] = greater(load(x + i + k * kWidth), peaks[k]);
-  for (; i < n; i += kWidth) {  // past the end the first one is read again
-    peaks[0] = greater(n - i < kWidth ? load(x + i, n - i, x[0]) : load(x + i), peaks[0]);
-  }
+  for (; i + kWidth <= n; i += kWidth) peaks[0] = greater(load(x + i), peaks[0]);
+  if (i < n) peaks[1] = greater(load(x + i, n - i, -infinity), peaks[1]);
   return largest(greater(greater(peaks[0], peaks[1]), greater(peaks[2], peaks[3])));
 }
 

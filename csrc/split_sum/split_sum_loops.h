@@ -1,13 +1,10 @@
 // n sums, each of whose float32 has its upper half in `high` and its lower half in `low`.
 
-static inline Word widen(const uint16_t* p) { return __builtin_convertvector(*(const AnyShort*)p, Word); }
-static inline void narrow(uint16_t* p, Word x) { *(AnyShort*)p = __builtin_convertvector(x & 0xFFFFu, Short); }
-
 template <typename X>
 static inline void add_vector(uint16_t* high, uint16_t* low, const X* x) {
   const Word sums = bits(floats((widen(high) << 16) | widen(low)) + load(x));
   narrow(high, sums >> 16);
-  narrow(low, sums);
+  narrow(low, sums & 0xFFFFu);
 }
 
 template <typename T>

@@ -41,6 +41,7 @@ def results() -> dict[Path, subprocess.CompletedProcess[str]]:
         return dict(zip(SOURCES, pool.map(lambda source: compiled(source, "sm_90"), SOURCES), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_compile_and_do_not_spill(results, source):
     result = results[source]
