@@ -4,7 +4,7 @@
     python tools/bench/kernels.py --device cuda --json build/bench/kernels_cuda.json
     python tools/bench/kernels.py --only layer_norm --compile
 
-The limit is what y.copy_(x) reaches in the same run, 8192 x 1600 in bf16 on a CPU, 1 GB on a GPU. Peers are torch's
+The limit is what y.copy_(x) reaches in turns with them, 8192 x 1600 in bf16 on a CPU, 1 GB on a GPU. Peers are torch's
 eager mode and, with --compile, torch.compile. docs/kernels.md counts the bytes. An operator around matrix products is
 measured in TFLOP/s, and its limit is a product's rate.
 """
@@ -14,7 +14,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,32 +40,43 @@ def keep_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def machine_rows(device: str, repetitions: int, small: bool) -> list[Row]:
-    """What this machine can do: copying, and multiplying matrices."""
+@dataclass(frozen=True)
+class Limit:
+    """Something that this machine does as fast as it can; work: what one call does, in units times seconds."""
+
+    name: str
+    metric: str
+    unit: str
+    call: Callable[[], object]
+    work: float
+
+
+def limits(device: str, small: bool) -> tuple[Limit, Limit]:
+    """Copying, and multiplying matrices."""
     count = 1000 if small else CPU_COPY if device == "cpu" else GPU_COPY
     x, y = (torch.ones(count, dtype=torch.bfloat16, device=device) for _ in range(2))
     size, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
     size = 64 if small else size
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = medians({"copy": lambda: y.copy_(x), "gemm": lambda: a @ b}, repetitions, device)
     kind = "fp32" if dtype == torch.float32 else "bf16"
-    return [
-        Row("kernels", "copy", "bandwidth", 4 * count / seconds["copy"] / 1e9, "GB/s"),
-        Row("kernels", f"gemm {size} {kind}", "rate", 2 * size**3 / seconds["gemm"] / 1e12, "TFLOP/s"),
-    ]
+    return (
+        Limit("copy", "bandwidth", "GB/s", lambda: y.copy_(x), 4 * count / 1e9),
+        Limit(f"gemm {size} {kind}", "rate", "TFLOP/s", lambda: a @ b, 2 * size**3 / 1e12),
+    )
 
 
-def measure(case: Case, machine: list[Row], options) -> Iterator[Row]:
-    """Ours and its peers in turns; then what they hold, where a case asks for it."""
-    calls = {"ours": case.ours, "eager": case.eager, **case.peers}
+def measure(case: Case, machine: tuple[Limit, Limit], options) -> Iterator[Row]:
+    """Ours, its peers and the machine's limit in turns; then what they hold, where a case asks for it."""
+    copy, gemm = machine
+    limit, work = (gemm, case.operations / 1e12) if case.operations else (copy, case.bytes / 1e9)
+    calls = {"ours": case.ours, "eager": case.eager, **case.peers, "limit": limit.call}
     if options.compile and case.compiled is not None:
         torch.compiler.reset()
         calls["compile"] = torch.compile(case.compiled)
     seconds = medians(calls, options.repetitions, options.device)
-    copy, gemm = machine
-    work, limit = (case.operations / 1e12, gemm) if case.operations else (case.bytes / 1e9, copy)
+    most = limit.work / seconds.pop("limit")
     speed = {name: work / value for name, value in seconds.items()}
-    yield Row("kernels", case.name, limit.metric, speed.pop("ours"), limit.unit, peers=speed, limit=limit.value)
+    yield Row("kernels", case.name, limit.metric, speed.pop("ours"), limit.unit, peers=speed, limit=most)
     if case.memory is not None:
         held = {name: value / 1e9 for name, value in case.memory().items()}
         yield Row("kernels", case.name, "extra memory", held.pop("ours"), "GB", higher_is_better=False, peers=held)
@@ -78,17 +90,22 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile as a peer: takes minutes")
     parser.add_argument("--small", action="store_true", help="tiny shapes: whether it runs, not how fast")
     options = parser.parse_args()
-    if not EXTENSION.serves(torch.empty(0, device=options.device if torch.cuda.is_available() else "cpu")):
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("kernels: this machine has no CUDA device: leave --device cuda out", file=sys.stderr)
+        return 2
+    if EXTENSION.problem(options.device):
         print(f"kernels: there is nothing to measure, the operators are {EXTENSION.describe(options.device)}",
               file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
     keep_memory()
-    rows = machine_rows(options.device, options.repetitions, options.small)
+    machine = limits(options.device, options.small)
+    seconds = medians({limit.name: limit.call for limit in machine}, options.repetitions, options.device)
+    rows = [Row("kernels", limit.name, limit.metric, limit.work / seconds[limit.name], limit.unit) for limit in machine]
     for operator in options.only:
         module = importlib.import_module(f"tools.bench.kernel_cases.{operator}")
         for case in module.cases(options.device, options.small):
-            for row in measure(case, rows[:2], options):
+            for row in measure(case, machine, options):
                 rows.append(row)
                 print(f"  {row.case}: {row.value:.3g} {row.unit}", file=sys.stderr, flush=True)
     report(rows, options.json)
