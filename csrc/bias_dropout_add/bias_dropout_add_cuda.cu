@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cuda(
     T* out = mutable_data<T>(dx);
     const auto launch = [&](auto v) {
       constexpr int V = decltype(v)::value;
-      const ColumnGrid grid = column_grid(rows, width / V);
+      const ColumnGrid grid = column_grid(rows, width, V, kPackOf<T>);
       Tensor partial = empty(dz, {grid.blocks.y, width}, ScalarType::Float);
       add_backward_rows<T, V><<<grid.blocks, grid.threads, 0, stream_of(dz)>>>(
           dzs, dropout.rows, out, mutable_data<float>(partial), rows, width);

@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cuda(Tensor dy, Tensor x, Tensor b
     T* out = mutable_data<T>(dx);
     const auto launch = [&](auto v) {
       constexpr int V = decltype(v)::value;
-      const ColumnGrid grid = column_grid(rows, width / V);
+      const ColumnGrid grid = column_grid(rows, width, V, kPackOf<T>);
       Tensor partial = empty(x, {grid.blocks.y, width}, ScalarType::Float);
       bias_gelu_backward_rows<T, V><<<grid.blocks, grid.threads, 0, stream_of(x)>>>(
           dys, xs, b, out, mutable_data<float>(partial), rows, width);

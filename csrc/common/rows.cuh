@@ -37,13 +37,21 @@ struct ColumnGrid {
   unsigned threads;
   dim3 blocks;
 };
-inline ColumnGrid column_grid(int64_t rows, int64_t packs) {
+inline int64_t column_threads(int64_t packs) {
   const int64_t turns = (packs + kRowThreads - 1) / kRowThreads;
-  const int64_t threads = ((packs + turns - 1) / turns + kWarp - 1) / kWarp * kWarp;
-  const int64_t tiles = (packs + threads - 1) / threads;
-  const int64_t most = tiles > 8 ? 132 : 1056 / tiles;  // eight blocks for each of an H200's processors
-  const int64_t parts = rows < most ? rows : most;
-  return {static_cast<unsigned>(threads), dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(parts))};
+  return ((packs + turns - 1) / turns + kWarp - 1) / kWarp * kWarp;
+}
+inline int64_t column_tiles(int64_t packs) { return (packs + column_threads(packs) - 1) / column_threads(packs); }
+
+// For packs of `v` elements, of at most `widest`: how many there are decides nothing about the sums, since it depends on
+// where tensors lie.
+inline ColumnGrid column_grid(int64_t rows, int64_t width, int64_t v, int64_t widest) {
+  const int64_t fewest = column_tiles((width + widest - 1) / widest);
+  const int64_t most = fewest > 8 ? 132 : 1056 / fewest;  // eight blocks for each of an H200's processors
+  const int64_t packs = width / v, parts = rows < most ? rows : most;
+  return {
+      static_cast<unsigned>(column_threads(packs)),
+      dim3(static_cast<unsigned>(column_tiles(packs)), static_cast<unsigned>(parts))};
 }
 
 // Sums what pack(row, column) gives, V floats to add to the columns from `column` on, with a ColumnGrid.

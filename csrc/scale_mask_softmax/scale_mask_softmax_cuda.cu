@@ -326,7 +326,7 @@ unsigned blocks_of(int64_t rows) {
 template <int V, typename Launch, typename Rest>
 void by_length(int64_t key, const Launch& launch, const Rest& rest) {
   using std::integral_constant;
-  constexpr integral_constant<int, kWarp> warp;
+  constexpr integral_constant<int, kWarp> warp{};
   const int64_t packs = (key + V - 1) / V;
   if constexpr (V > 1) {
     if (packs <= kWarp) return launch(warp, integral_constant<int, 1>{});

@@ -44,11 +44,11 @@ class Extension:
         return f"{MODULE} was built without {device}: make setup, where torch is a {device} build and nvcc is installed"
 
     def serves(self, *tensors: torch.Tensor, types: frozenset[torch.dtype] = TYPES) -> bool:
-        """Whether a compiled operator takes these: all on one kind of device, floating-point ones of `types`."""
-        devices = {tensor.device.type for tensor in tensors}
+        """Whether a compiled operator takes these: all on one device, floating-point ones of `types`."""
+        device = tensors[0].device
         return (
-            len(devices) == 1
-            and self.problem(*devices) is None
+            self.problem(device.type) is None
+            and all(tensor.device == device for tensor in tensors)
             and all(tensor.dtype in types for tensor in tensors if tensor.is_floating_point())
         )
 

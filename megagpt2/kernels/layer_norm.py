@@ -63,9 +63,12 @@ def _setup_context(ctx, inputs, output) -> None:
     _, mean, rstd = output
     ctx.save_for_backward(x, mean, rstd, weight)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # no zeros for mean and rstd
 
 
 def _backward(ctx, dy, d_mean, d_rstd):
+    if dy is None:
+        return None, None, None, None
     x, mean, rstd, weight = ctx.saved_tensors
     return *torch.ops.megagpt2.layer_norm_backward(dy, x, mean, rstd, weight, None), None
 
