@@ -1,6 +1,9 @@
-"""The same training in plain torch: no DeepSpeed, no ranks, nothing sharded. What every layout is compared with."""
+"""The same training in plain torch: no DeepSpeed, no ranks, nothing sharded, no operator of ours. What every layout is
+compared with."""
 
 from __future__ import annotations
+
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -8,6 +11,8 @@ from torch import Tensor
 
 from megagpt2.data.batches import Batches
 from megagpt2.data.order import Order
+from megagpt2.kernels.choice import Kernels
+from megagpt2.kernels.extension import Extension
 from megagpt2.model.gpt2 import GPT2
 from megagpt2.model.initialize import initial_value
 from megagpt2.model.layers import DenseBuilder
@@ -17,13 +22,14 @@ from tests.support.train import corpus, small_config
 _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@patch.object(Extension, "serves", lambda *tensors, **types: False)
 def train(changes: dict, steps: int) -> dict:
     """Losses, gradient norms and weights as tests.support.train.train gives them for a rank that holds everything.
 
     Mixed precision as usual: the network in bf16, fp32 masters and moments, gradients accumulated in fp32.
     """
     config = small_config(**changes)
-    model = GPT2(config.model, DenseBuilder(config.training.seed))
+    model = GPT2(config.model, DenseBuilder(config.training.seed, Kernels("reference", "torch")))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(initial_value(parameter.spec, config.training.seed))
