@@ -18,9 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megagpt2.kernels.checks import check_dropout, check_same, check_vector
+from megagpt2.kernels.checks import check_same, check_vector, checked_dropout
 from megagpt2.kernels.dropout import dropout_reference
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.fakes import contiguous_like
 
 
 def bias_dropout_add_reference(
@@ -44,25 +45,18 @@ def bias_dropout_add(
     if bias is not None:
         check_vector(x, bias, "bias")
     check_same(x, residual, "residual")
-    if probability == 0.0:
-        samples, key, start = None, (0, 0), 0
-    else:
-        check_dropout(x, samples, probability)
-    if EXTENSION.serves(*(tensor for tensor in (x, bias, residual, samples) if tensor is not None)):
+    samples, key, probability, start = checked_dropout(x, samples, key, probability, start)
+    if EXTENSION.serves(x, bias, residual, samples):
         return torch.ops.megagpt2.bias_dropout_add(x, bias, residual, samples, *key, probability, start)
     return bias_dropout_add_reference(x, bias, residual, samples, key, probability, start)
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake(x, bias, residual, samples, key0, key1, probability, start):
-    return _like(x)
+    return contiguous_like(x)
 
 
 def _fake_backward(dz, samples, key0, key1, probability, start):
-    return dz.new_empty(0) if samples is None else _like(dz), dz.new_empty(dz.shape[-1])
+    return dz.new_empty(0) if samples is None else contiguous_like(dz), dz.new_empty(dz.shape[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megagpt2.kernels.checks import check_vector
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.fakes import contiguous_like
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
@@ -35,16 +36,12 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return bias_gelu_reference(x, bias)
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake(x, bias):
-    return _like(x)
+    return contiguous_like(x)
 
 
 def _fake_backward(dy, x, bias):
-    return _like(x), torch.empty_like(bias)
+    return contiguous_like(x), torch.empty_like(bias)
 
 
 def _setup_context(ctx, inputs, output) -> None:

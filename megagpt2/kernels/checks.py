@@ -22,8 +22,13 @@ def check_same(x: Tensor, other: Tensor, name: str) -> None:
         )
 
 
-def check_dropout(x: Tensor, samples: Tensor | None, probability: float) -> None:
-    """Raise ValueError unless x [batch, ..., width] can be dropped with these."""
+def checked_dropout(
+    x: Tensor, samples: Tensor | None, key: tuple[int, int], probability: float, start: int
+) -> tuple[Tensor | None, tuple[int, int], float, int]:
+    """The arguments of a dropout inside another operator; at probability 0 those that draw nothing, without samples.
+    Raises ValueError unless x [batch, ..., width] can be dropped with them."""
+    if probability == 0.0:
+        return None, (0, 0), 0.0, 0
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"probability is {probability}: it must be at least 0 and below 1")
     if samples is None:
@@ -33,3 +38,4 @@ def check_dropout(x: Tensor, samples: Tensor | None, probability: float) -> None
             f"samples are {list(samples.shape)} and x is {list(x.shape)}: x is [batch, ..., width], "
             "and each x[i] has a sample"
         )
+    return samples, key, probability, start

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megagpt2.kernels.extension import EXTENSION, TYPES
+from megagpt2.kernels.fakes import contiguous_like
 from megagpt2.kernels.philox import random_bits, random_bits_reference
 
 
@@ -43,7 +44,7 @@ def dropout(x: Tensor, samples: Tensor, key: tuple[int, int], probability: float
 
 
 def _fake(x, samples, key0, key1, probability, start):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return contiguous_like(x)
 
 
 def _setup_context(ctx, inputs, output) -> None:

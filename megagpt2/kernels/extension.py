@@ -43,13 +43,14 @@ class Extension:
             return None
         return f"{MODULE} was built without {device}: make setup, where torch is a {device} build and nvcc is installed"
 
-    def serves(self, *tensors: torch.Tensor, types: frozenset[torch.dtype] = TYPES) -> bool:
-        """Whether a compiled operator takes these: all on one device, floating-point ones of `types`."""
-        device = tensors[0].device
+    def serves(self, *tensors: torch.Tensor | None, types: frozenset[torch.dtype] = TYPES) -> bool:
+        """Whether a compiled operator takes these, and those that are not given (None): all on one device,
+        floating-point ones of `types`."""
+        given = [tensor for tensor in tensors if tensor is not None]
         return (
-            self.problem(device.type) is None
-            and all(tensor.device == device for tensor in tensors)
-            and all(tensor.dtype in types for tensor in tensors if tensor.is_floating_point())
+            self.problem(given[0].device.type) is None
+            and all(tensor.device == given[0].device for tensor in given)
+            and all(tensor.dtype in types for tensor in given if tensor.is_floating_point())
         )
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.fakes import contiguous_like
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
@@ -45,17 +46,13 @@ def layer_norm_apex(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> 
 BACKENDS = {"fused": layer_norm, "apex": layer_norm_apex, "torch": layer_norm_reference}
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake(x, weight, bias, epsilon):
     rows = x.shape[:-1].numel()
-    return _like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return contiguous_like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
 def _fake_backward(dy, x, mean, rstd, weight, dz):
-    return _like(x), torch.empty_like(weight), torch.empty_like(weight)
+    return contiguous_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _setup_context(ctx, inputs, output) -> None:

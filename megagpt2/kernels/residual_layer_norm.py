@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from megagpt2.kernels.bias_dropout_add import bias_dropout_add_reference
-from megagpt2.kernels.checks import check_dropout, check_same, check_vector
+from megagpt2.kernels.checks import check_same, check_vector, checked_dropout
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.fakes import contiguous_like
 from megagpt2.kernels.layer_norm import layer_norm_reference
 
 
@@ -47,12 +48,8 @@ def residual_layer_norm(
         if vector is not None:
             check_vector(x, vector, name)
     check_same(x, residual, "residual")
-    if probability == 0.0:
-        samples, key, start = None, (0, 0), 0
-    else:
-        check_dropout(x, samples, probability)
-    tensors = (x, bias, residual, weight, norm_bias, samples)
-    if EXTENSION.serves(*(tensor for tensor in tensors if tensor is not None)):
+    samples, key, probability, start = checked_dropout(x, samples, key, probability, start)
+    if EXTENSION.serves(x, bias, residual, weight, norm_bias, samples):
         z, y, _, _ = torch.ops.megagpt2.residual_layer_norm(
             x, bias, residual, weight, norm_bias, epsilon, samples, *key, probability, start
         )
@@ -62,18 +59,14 @@ def residual_layer_norm(
     )
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake(x, bias, residual, weight, norm_bias, epsilon, samples, key0, key1, probability, start):
     rows = x.shape[:-1].numel()
-    return _like(x), _like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return contiguous_like(x), contiguous_like(x), *(x.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
 def _fake_backward(dy, dz, z, mean, rstd, weight, samples, key0, key1, probability, start):
-    dx = z.new_empty(0) if samples is None else _like(z)
-    return _like(z), dx, *(torch.empty_like(weight) for _ in range(3))
+    dx = z.new_empty(0) if samples is None else contiguous_like(z)
+    return contiguous_like(z), dx, *(torch.empty_like(weight) for _ in range(3))
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megagpt2.kernels.dropout import dropout_reference
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.fakes import contiguous_like
 
 
 class WeightDropout(NamedTuple):
@@ -74,7 +75,7 @@ def scale_mask_softmax(
     """
     _check(scores, mask, dropout)
     samples, key, probability, start = dropout or (None, (0, 0), 0.0, 0)
-    if EXTENSION.serves(*(tensor for tensor in (scores, mask, samples) if tensor is not None)):
+    if EXTENSION.serves(scores, mask, samples):
         mask = None if mask is None else mask.expand(scores.shape)
         return torch.ops.megagpt2.scale_mask_softmax(
             scores, scale, causal, mask, samples, *key, probability, start
@@ -97,12 +98,12 @@ def _check(scores: Tensor, mask: Tensor | None, dropout: WeightDropout | None) -
 
 
 def _fake(scores, scale, causal, mask, samples, key0, key1, probability, start):
-    y = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    y = contiguous_like(scores)
     return y, scores.new_empty(0) if samples is None else torch.empty_like(y)
 
 
 def _fake_backward(dy, weights, scale, causal, samples, key0, key1, probability, start):
-    return torch.empty_like(weights, memory_format=torch.contiguous_format)
+    return contiguous_like(weights)
 
 
 def _setup_context(ctx, inputs, output) -> None:
