@@ -1,9 +1,11 @@
 #include "bias_dropout_add/bias_dropout_add.h"
 
 #include <algorithm>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
+
+#include "common/buffer.h"
+#include "dropout/row_words.h"
 
 #define MEGAGPT2_LOOPS "bias_dropout_add/bias_dropout_add_loops.h"
 #include "common/variants.h"
@@ -24,10 +26,14 @@ Tensor bias_dropout_add_cpu(
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
       RowWords words(dropout.rows);
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t at = row * width;
-        forward(
-            data<T>(from) + at, data<float>(biases), data<T>(stream) + at, words.of(row), dropout.rows.threshold,
-            dropout.rows.scale, mutable_data<T>(z) + at, width);
+        const T *inputs = data<T>(from) + row * width, *skip = data<T>(stream) + row * width;
+        T* sums = mutable_data<T>(z) + row * width;
+        words.for_each_piece(
+            row, width, {inputs, skip, sums}, [&](int64_t at, const uint32_t* drawn, int64_t n) {
+              forward(
+                  inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
+                  sums + at, n);
+            });
       }
     });
   });
@@ -41,7 +47,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
   const Tensor gradients = packed(dz);
   Tensor dx = samples ? empty_contiguous_like(dz) : empty(dz, {0}), d_bias = empty(dz, {width}, ScalarType::Float);
   const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
-  std::vector<float> parts(blocks * width, 0.0f);
+  Buffer<float> parts(blocks * width);
   with_type(dz.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(residual_backward_row<T>);
@@ -49,10 +55,13 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
       RowWords words(dropout.rows);
       for (int64_t block = begin; block < end; ++block) {
         for (int64_t row = block * step; row < std::min(rows, (block + 1) * step); ++row) {
-          const int64_t at = row * width;
-          backward(
-              data<T>(gradients) + at, words.of(row), dropout.rows.threshold, dropout.rows.scale,
-              samples ? mutable_data<T>(dx) + at : nullptr, parts.data() + block * width, width);
+          const T* from = data<T>(gradients) + row * width;
+          T* to = samples ? mutable_data<T>(dx) + row * width : nullptr;
+          words.for_each_piece(row, width, {from, to}, [&](int64_t at, const uint32_t* drawn, int64_t n) {
+            backward(
+                from + at, drawn, dropout.rows.threshold, dropout.rows.scale, to + at, parts.data() + block * width + at,
+                n);
+          });
         }
       }
     });

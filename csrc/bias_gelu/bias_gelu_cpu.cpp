@@ -1,9 +1,10 @@
 #include "bias_gelu/bias_gelu.h"
 
 #include <algorithm>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
+
+#include "common/buffer.h"
 
 #define MEGAGPT2_LOOPS "bias_gelu/bias_gelu_loops.h"
 #include "common/variants.h"
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor dy, Tensor x, Tensor bi
   const Tensor inputs = packed(x), gradients = packed(dy), biases = as_floats(bias);
   Tensor dx = empty_contiguous_like(x), d_bias = empty(x, {width}, ScalarType::Float);
   const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
-  std::vector<float> parts(blocks * width, 0.0f);
+  Buffer<float> parts(blocks * width);
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(bias_gelu_backward_rows<T>);

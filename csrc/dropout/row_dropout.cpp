@@ -1,7 +1,7 @@
 #include "dropout/row_dropout.h"
 
 #include "dropout/dropout.h"
-#include "philox/philox_cpu.h"
+#include "philox/arguments.h"
 
 namespace megagpt2 {
 
@@ -21,17 +21,6 @@ DropoutArguments dropout_arguments(
   rows.threshold = dropout_threshold(probability);
   rows.scale = static_cast<float>(1.0 / (1.0 - probability));
   return {numbers, rows};
-}
-
-RowWords::RowWords(const RowDropout& dropout) : dropout_(dropout) {
-  if (dropout.samples) words_.resize(words_of_blocks(dropout.width / 4 + 2));
-}
-
-const uint32_t* RowWords::of(int64_t row) {
-  if (!dropout_.samples) return nullptr;
-  const uint64_t first = dropout_.first_element(row), block = first / 4, last = (first + dropout_.width + 3) / 4;
-  fill_words(words_.data(), block, static_cast<int64_t>(last - block), dropout_.sample(row), dropout_.key);
-  return words_.data() + first % 4;
 }
 
 }  // namespace megagpt2

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <vector>
 
 #include "common/tensor.h"
 #include "philox/philox.h"
@@ -37,17 +36,5 @@ struct DropoutArguments {
 DropoutArguments dropout_arguments(
     const Tensor& x, const std::optional<Tensor>& samples, int64_t key0, int64_t key1, double probability,
     int64_t start);
-
-// Words of a row on the CPU, for one thread.
-class RowWords {
- public:
-  explicit RowWords(const RowDropout& dropout);
-  // One for each element, until the next call; null where nothing is dropped.
-  const uint32_t* of(int64_t row);
-
- private:
-  RowDropout dropout_;
-  std::vector<uint32_t> words_;
-};
 
 }  // namespace megagpt2

@@ -4,8 +4,8 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
+#include "common/buffer.h"
 #include "common/tensor.h"
 
 namespace megagpt2 {
@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tenso
 std::tuple<Tensor, Tensor, Tensor> layer_norm_cuda(Tensor x, Tensor weight, Tensor bias, double epsilon);
 
 // What a row's loops on the CPU work in: two rows of floats, with the room of the widest vector beside each.
-inline std::vector<float> row_buffer(int64_t width) { return std::vector<float>(2 * (width + 16)); }
+inline Buffer<float> row_buffer(int64_t width) { return Buffer<float>(2 * (width + 16)); }
 
 inline Rows checked_rows(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   const Rows sizes = rows_of(x);

@@ -1,7 +1,6 @@
 #include "layer_norm/layer_norm.h"
 
 #include <algorithm>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 
@@ -25,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tenso
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(forward_rows<T>);
     torch::stable::parallel_for(0, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer = row_buffer(width);
+      Buffer<float> buffer = row_buffer(width);
       forward(
           data<T>(from) + begin * width, mutable_data<T>(y) + begin * width, mutable_data<float>(mean) + begin,
           mutable_data<float>(rstd) + begin, data<float>(weights), data<float>(biases), end - begin, width,
@@ -44,12 +43,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   Tensor d_weight = empty(x, {width}, ScalarType::Float), d_bias = empty(x, {width}, ScalarType::Float);
   const Tensor weights = as_floats(weight);
   const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
-  std::vector<float> parts(2 * blocks * width, 0.0f);
+  Buffer<float> parts(2 * blocks * width);
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(backward_rows<T>);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer = row_buffer(width);
+      Buffer<float> buffer = row_buffer(width);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t row = block * step, at = row * width;
         float* part = parts.data() + 2 * block * width;

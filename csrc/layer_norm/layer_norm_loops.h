@@ -27,11 +27,13 @@ static inline void moments(const float* row, Float total, int64_t n, float epsil
   *rstd = 1.0f / __builtin_sqrtf(variance + epsilon);
 }
 
+// Meanwhile the row at `next` is fetched.
 template <typename T>
 static inline void normalize(
-    const float* row, T* y, const float* weight, const float* bias, float mean, float rstd, int64_t n) {
+    const float* row, const T* next, T* y, const float* weight, const float* bias, float mean, float rstd, int64_t n) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
+    fetch(next, i);
     store(y + i, (load(row + i) - mean) * rstd * load(weight + i) + load(bias + i));
   }
   if (i < n) {
@@ -51,6 +53,7 @@ void forward_rows(
         const Float value = load(x + i + k * kWidth);
         store(buffer + i + k * kWidth, value);
         totals[k] += value;
+        fetch(y, i + k * kWidth);
       }
     }
     for (; i + kWidth <= n; i += kWidth) {
@@ -64,7 +67,7 @@ void forward_rows(
       totals[1] += value;
     }
     moments(buffer, (totals[0] + totals[1]) + (totals[2] + totals[3]), n, epsilon, mean + r, rstd + r);
-    normalize(buffer, y, weight, bias, mean[r], rstd[r], n);
+    normalize(buffer, r + 1 < rows ? x + n : x, y, weight, bias, mean[r], rstd[r], n);
   }
 }
 
@@ -101,6 +104,7 @@ void backward_rows(
         backward_vector(load(x + j), d, load(weight + j), mean[r], rstd[r], normalized + j, gradient + j, sums + k);
         store(d_weight + j, load(d_weight + j) + d * load(normalized + j));
         store(d_bias + j, load(d_bias + j) + d);
+        fetch(dx, j);
       }
     }
     for (; i < n; i += kWidth) {
@@ -111,12 +115,15 @@ void backward_rows(
       store(d_weight + i, load(d_weight + i, left) + d * load(normalized + i), left);
       store(d_bias + i, load(d_bias + i, left) + d, left);
     }
+    const int64_t next = r + 1 < rows ? n : 0;
     const float a = sum(sums[0].gradient + sums[1].gradient) / (float)n;
     const float b = sum(sums[0].product + sums[1].product) / (float)n;
     for (i = 0; i < n; i += kWidth) {
       const int64_t left = n - i;
       Float d = (load(gradient + i) - a - load(normalized + i) * b) * rstd[r];
       if (left >= kWidth) {
+        fetch(x + next, i);
+        fetch(dy + next, i);
         if (dz) d += load(dz + i);
         store(dx + i, d);
       } else {

@@ -1,10 +1,10 @@
 #include "layer_norm/residual_layer_norm.h"
 
 #include <algorithm>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 
+#include "dropout/row_words.h"
 #include "layer_norm/layer_norm.h"
 
 #define MEGAGPT2_LOOPS "layer_norm/residual_layer_norm_loops.h"
@@ -27,15 +27,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
     const auto add = MEGAGPT2_VARIANT(residual_row<T>);
     const auto normalize = MEGAGPT2_VARIANT(forward_rows<T>);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer = row_buffer(width);
+      Buffer<float> buffer = row_buffer(width);
       RowWords words(dropout.rows);
       for (int64_t row = begin; row < end; ++row) {
-        const int64_t at = row * width;
-        T* sum = mutable_data<T>(z) + at;
-        add(data<T>(from) + at, data<float>(biases), data<T>(stream) + at, words.of(row), dropout.rows.threshold,
-            dropout.rows.scale, sum, width);
+        const T *inputs = data<T>(from) + row * width, *skip = data<T>(stream) + row * width;
+        T* sums = mutable_data<T>(z) + row * width;
+        words.for_each_piece(
+            row, width, {inputs, skip, sums}, [&](int64_t at, const uint32_t* drawn, int64_t n) {
+              add(inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
+                  sums + at, n);
+            });
         normalize(
-            sum, mutable_data<T>(y) + at, mutable_data<float>(mean) + row, mutable_data<float>(rstd) + row,
+            sums, mutable_data<T>(y) + row * width, mutable_data<float>(mean) + row, mutable_data<float>(rstd) + row,
             data<float>(weights), data<float>(norm_biases), 1, width, static_cast<float>(epsilon), buffer.data());
       }
     });
@@ -51,13 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
   const Tensor sums = packed(z), gradients = packed(dy), stream = dz ? packed(*dz) : sums, weights = as_floats(weight);
   Tensor d_residual = empty_contiguous_like(z), dx = samples ? empty_contiguous_like(z) : empty(z, {0});
   const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
-  std::vector<float> parts(3 * blocks * width, 0.0f);  // d weight, d norm_bias and d bias of each block
+  Buffer<float> parts(3 * blocks * width);  // d weight, d norm_bias and d bias of each block
   with_type(z.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto normalize = MEGAGPT2_VARIANT(backward_rows<T>);
     const auto add = MEGAGPT2_VARIANT(residual_backward_row<T>);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> buffer = row_buffer(width);
+      Buffer<float> buffer = row_buffer(width);
       RowWords words(dropout.rows);
       for (int64_t block = begin; block < end; ++block) {
         float* part = parts.data() + 3 * block * width;
@@ -68,8 +71,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
               data<T>(gradients) + at, data<T>(sums) + at, dz ? data<T>(stream) + at : nullptr,
               data<float>(mean) + row, data<float>(rstd) + row, data<float>(weights), to, part, part + width, 1, width,
               buffer.data());
-          add(to, words.of(row), dropout.rows.threshold, dropout.rows.scale,
-              samples ? mutable_data<T>(dx) + at : nullptr, part + 2 * width, width);
+          T* dropped = samples ? mutable_data<T>(dx) + at : nullptr;
+          words.for_each_piece(row, width, {dropped}, [&](int64_t i, const uint32_t* drawn, int64_t n) {
+            add(to + i, drawn, dropout.rows.threshold, dropout.rows.scale, dropped + i, part + 2 * width + i, n);
+          });
         }
       }
     });

@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/buffer.h"
 #include "philox/philox_cpu.h"
 
 #define MEGAGPT2_LOOPS "scale_mask_softmax/scale_mask_softmax_loops.h"
@@ -61,10 +62,10 @@ struct Dropout {
   }
 
   // How many words draw() needs: those before the row in its first counter, and whole vectors of counters.
-  std::vector<uint32_t> buffer(int64_t width) const { return std::vector<uint32_t>(samples ? width + 64 : 0); }
+  Buffer<uint32_t> buffer(int64_t width) const { return Buffer<uint32_t>(samples ? width + 64 : 0); }
 
   // The first n of a row of sample b, which has `offset` elements before it; their words go to `buffer`.
-  WeightDropout draw(int64_t b, int64_t offset, int64_t n, std::vector<uint32_t>& buffer) const {
+  WeightDropout draw(int64_t b, int64_t offset, int64_t n, Buffer<uint32_t>& buffer) const {
     if (!samples) return {};
     const int64_t first = start + offset, skip = first % 4;
     fill_words(buffer.data(), first / 4, (skip + n + 3) / 4, static_cast<uint64_t>(data<int64_t>(*samples)[b]), key);
@@ -82,8 +83,8 @@ const uint8_t* packed_flags(const uint8_t* flags, int64_t stride, int64_t n, std
 
 // A row of floats, however long, stays in the second cache level: 16,385 of them are 64 KiB.
 struct Buffers {
-  std::vector<float> row;
-  std::vector<uint32_t> words;
+  Buffer<float> row;
+  Buffer<uint32_t> words;
   std::vector<uint8_t> flags;
 };
 
@@ -97,7 +98,7 @@ void forward(
   const uint8_t* flags = mask ? data<uint8_t>(*mask) : nullptr;
   const Strides from = strides_of(scores), masks = mask ? strides_of(*mask) : Strides{};
   const auto make_buffers = [&] {
-    return Buffers{std::vector<float>(shape.key + kMostLanes), dropout.buffer(shape.key), {}};
+    return Buffers{Buffer<float>(shape.key + kMostLanes), dropout.buffer(shape.key), {}};
   };
   for_each_row(shape, make_buffers, [&](int64_t number, int64_t b, int64_t h, int64_t q, Buffers& buffers) {
     const int64_t n = shape.visible(q), at = number * shape.key;
@@ -121,7 +122,7 @@ void backward(
   const Strides from = strides_of(dy), kept = strides_of(weights);
   const auto make_buffer = [&] { return dropout.buffer(shape.key); };
   for_each_row(
-      shape, make_buffer, [&](int64_t number, int64_t b, int64_t h, int64_t q, std::vector<uint32_t>& words) {
+      shape, make_buffer, [&](int64_t number, int64_t b, int64_t h, int64_t q, Buffer<uint32_t>& words) {
         const int64_t n = shape.visible(q);
         const WeightDropout drop = dropout.draw(b, (h * shape.query + q) * shape.key, n, words);
         backward_row(

@@ -32,17 +32,20 @@ static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, 
   return largest(greater(greater(most[0], most[1]), greater(most[2], most[3])));
 }
 
+// Sums of a row side by side: 32 with any vectors, so that long rows are as exact with all of them.
+constexpr int kChains = 32 / kWidth;
+
 // buffer = exp(scale * x - most), 0 where it is hidden and after n; returns the sum. This is most of the work:
 // meanwhile the row at `next` is fetched, since half rows are too short for the processor to foresee.
 template <bool masked, typename T>
 static inline float exponentials(
     const T* x, const T* next, const uint8_t* hidden, int64_t n, float scale, float most, float* buffer) {
-  Float totals[2] = {};
+  Float totals[kChains] = {};
   int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    for (int k = 0; k < 2; ++k) {
+  for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
+    for (int k = 0; k < kChains; ++k) {
       const int64_t j = i + k * kWidth;
-      __builtin_prefetch(next + j);
+      fetch(next, j);
       Float e = decay(load(x + j) * scale - most);
       if (masked) e = choose(load_flags(hidden + j), Float{}, e);
       store(buffer + j, e);
@@ -56,7 +59,8 @@ static inline float exponentials(
     store(buffer + i, e);
     totals[0] += e;
   }
-  return sum(totals[0] + totals[1]);
+  for (int k = 1; k < kChains; ++k) totals[0] += totals[k];
+  return sum(totals[0]);
 }
 
 // weights = buffer * inverse, and y what dropout leaves of them; one of both where nothing is dropped.
