@@ -3,6 +3,10 @@
 They are used where `megagpt2._C` was built from the sources at hand, for the devices and element types that it knows.
 Otherwise the references in plain torch compute the same: the random bits are equal, everything else up to rounding.
 MEGAGPT2_REFERENCE=1 in the environment asks for the references.
+
+A call of ours costs some microseconds more than one of torch's, so a tensor can be too small for it to pay: each
+operator says how many elements it wants on a CPU, as measured (tools/bench/break_even.py). MEGAGPT2_OPERATORS=always
+uses them for any number, as the tests do, whose tensors are small.
 """
 
 from __future__ import annotations
@@ -19,16 +23,19 @@ import torch
 MODULE = "megagpt2._C"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"  # in an installation without them there is nothing to compare
 TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+OLDEST_GPU = (8, 0)  # Ampere: the first with bf16
 _SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 
 
 @dataclass(frozen=True)
 class Extension:
-    """The compiled operators, or why there are none. cuda: whether they include those for CUDA devices."""
+    """The compiled operators, or why there are none. cuda: whether they include those for CUDA devices; always: also
+    for tensors so small that torch's own are faster."""
 
     compiled: bool
     reason: str = ""
     cuda: bool = False
+    always: bool = False
 
     def describe(self, device: str) -> str:
         """For people: what runs on a device of this type."""
@@ -43,15 +50,30 @@ class Extension:
             return None
         return f"{MODULE} was built without {device}: make setup, where torch is a {device} build and nvcc is installed"
 
-    def serves(self, *tensors: torch.Tensor | None, types: frozenset[torch.dtype] = TYPES) -> bool:
+    def problem_here(self, device: str) -> str | None:
+        """`problem`, and whether this machine's GPU is one that they are for."""
+        problem = self.problem(device)
+        if problem is None and device == "cuda":
+            found = torch.cuda.get_device_capability()
+            if found < OLDEST_GPU:
+                needed, found = (".".join(map(str, version)) for version in (OLDEST_GPU, found))
+                return f"they need a GPU of compute capability {needed} or newer, and this one has {found}"
+        return problem
+
+    def serves(
+        self, x: torch.Tensor, *others: torch.Tensor | None, types: frozenset[torch.dtype] = TYPES, fewest: int = 0
+    ) -> bool:
         """Whether a compiled operator takes these, and those that are not given (None): all on one device,
-        floating-point ones of `types`."""
-        given = [tensor for tensor in tensors if tensor is not None]
-        return (
-            self.problem(given[0].device.type) is None
-            and all(tensor.device == given[0].device for tensor in given)
-            and all(tensor.dtype in types for tensor in given if tensor.is_floating_point())
-        )
+        floating-point ones of `types`. On a CPU x has to have at least `fewest` elements."""
+        device = x.device
+        if self.problem(device.type) or (device.type == "cpu" and x.numel() < fewest and not self.always):
+            return False
+        for tensor in (x, *others):  # a loop: this runs before every call
+            if tensor is not None and (
+                tensor.device != device or (tensor.dtype not in types and tensor.is_floating_point())
+            ):
+                return False
+        return True
 
 
 def hash_of_sources(folder: Path) -> str:
@@ -74,7 +96,7 @@ def load(environment: Mapping[str, str], sources: Path = SOURCES) -> Extension:
         return Extension(False, f"{MODULE} can't be loaded, build it again with make setup: {error}")
     if sources.is_dir() and f"s{hash_of_sources(sources)}" != module.SOURCES:
         return Extension(False, f"{MODULE} was built from other sources than {sources}: make setup")
-    return Extension(True, cuda=bool(module.CUDA))
+    return Extension(True, cuda=bool(module.CUDA), always=environment.get("MEGAGPT2_OPERATORS") == "always")
 
 
 EXTENSION = load(os.environ)

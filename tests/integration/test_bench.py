@@ -14,7 +14,10 @@ from megagpt2.kernels.extension import EXTENSION
 from tests.support.runs import ROOT
 
 # name -> what makes it small
-SMALL = {"dropout": ["--elements", "8000"], "kernels": ["--small"], "replicas": ["--layers", "1"]}
+SMALL = {
+    "break_even": ["--most", "1"], "dropout": ["--elements", "8000"], "kernels": ["--small"],
+    "replicas": ["--layers", "1"],
+}
 
 
 def test_every_benchmark_is_tested():
