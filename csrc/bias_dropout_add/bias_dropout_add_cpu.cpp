@@ -1,10 +1,8 @@
 #include "bias_dropout_add/bias_dropout_add.h"
 
-#include <algorithm>
-
 #include <torch/csrc/stable/library.h>
 
-#include "common/buffer.h"
+#include "common/sums_over_rows.h"
 #include "dropout/row_words.h"
 
 #define MEGAGPT2_LOOPS "bias_dropout_add/bias_dropout_add_loops.h"
@@ -45,29 +43,24 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
   const auto [rows, width] = rows_of(dz);
   const DropoutArguments dropout = dropout_arguments(dz, samples, key0, key1, probability, start);
   const Tensor gradients = packed(dz);
-  Tensor dx = samples ? empty_contiguous_like(dz) : empty(dz, {0}), d_bias = empty(dz, {width}, ScalarType::Float);
-  const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
-  Buffer<float> parts(blocks * width);
-  with_type(dz.scalar_type(), [&, rows = rows, width = width](auto element) {
+  Tensor dx = samples ? empty_contiguous_like(dz) : empty(dz, {0});
+  SumsOverRows sums(rows, width, {MEGAGPT2_VARIANT(settle), MEGAGPT2_VARIANT(add_blocks)});
+  with_type(dz.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(residual_backward_row<T>);
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      RowWords words(dropout.rows);
-      for (int64_t block = begin; block < end; ++block) {
-        for (int64_t row = block * step; row < std::min(rows, (block + 1) * step); ++row) {
-          const T* from = data<T>(gradients) + row * width;
-          T* to = samples ? mutable_data<T>(dx) + row * width : nullptr;
-          words.for_each_piece(row, width, {from, to}, [&](int64_t at, const uint32_t* drawn, int64_t n) {
-            backward(
-                from + at, drawn, dropout.rows.threshold, dropout.rows.scale, to + at, parts.data() + block * width + at,
-                n);
-          });
-        }
+    const auto make_words = [&] { return RowWords(dropout.rows); };
+    sums.run(make_words, [&](RowWords& words, int64_t first, int64_t count, float* d_bias) {
+      for (int64_t row = first; row < first + count; ++row) {
+        const T* from = data<T>(gradients) + row * width;
+        T* to = samples ? mutable_data<T>(dx) + row * width : nullptr;
+        words.for_each_piece(row, width, {from, to}, [&](int64_t at, const uint32_t* drawn, int64_t n) {
+          backward(
+              from + at, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? to + at : nullptr, d_bias + at, n);
+        });
       }
     });
   });
-  MEGAGPT2_VARIANT(add_blocks)(parts.data(), blocks, width, mutable_data<float>(d_bias), width);
-  return {dx, torch::stable::to(d_bias, dz.scalar_type())};
+  return {dx, sums.of(0, width, dz)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {

@@ -1,10 +1,8 @@
 #include "bias_gelu/bias_gelu.h"
 
-#include <algorithm>
-
 #include <torch/csrc/stable/library.h>
 
-#include "common/buffer.h"
+#include "common/sums_over_rows.h"
 
 #define MEGAGPT2_LOOPS "bias_gelu/bias_gelu_loops.h"
 #include "common/variants.h"
@@ -32,23 +30,19 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor dy, Tensor x, Tensor bi
   check_same(x, dy, "x and dy");
   check_vector(bias, width, x.scalar_type(), "bias");
   const Tensor inputs = packed(x), gradients = packed(dy), biases = as_floats(bias);
-  Tensor dx = empty_contiguous_like(x), d_bias = empty(x, {width}, ScalarType::Float);
-  const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
-  Buffer<float> parts(blocks * width);
-  with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
+  Tensor dx = empty_contiguous_like(x);
+  SumsOverRows sums(rows, width, {MEGAGPT2_VARIANT(settle), MEGAGPT2_VARIANT(add_blocks)});
+  with_type(x.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(bias_gelu_backward_rows<T>);
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t row = block * step, at = row * width;
-        backward(
-            data<T>(gradients) + at, data<T>(inputs) + at, data<float>(biases), mutable_data<T>(dx) + at,
-            parts.data() + block * width, std::min(step, rows - row), width);
-      }
+    sums.run([] { return 0; }, [&](int, int64_t row, int64_t count, float* d_bias) {
+      const int64_t at = row * width;
+      backward(
+          data<T>(gradients) + at, data<T>(inputs) + at, data<float>(biases), mutable_data<T>(dx) + at, d_bias, count,
+          width);
     });
   });
-  MEGAGPT2_VARIANT(add_blocks)(parts.data(), blocks, width, mutable_data<float>(d_bias), width);
-  return {dx, torch::stable::to(d_bias, x.scalar_type())};
+  return {dx, sums.of(0, width, x)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {

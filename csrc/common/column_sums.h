@@ -1,8 +1,22 @@
-// The last step of the sums over rows: see rows_per_block in tensor.h. Written as loops are, see variants.h.
+// Steps of the sums over rows: see sums_over_rows.h. Written as loops are, see variants.h; the compiler finds the vectors.
 
-// total[i] = sum of parts[block][i] over blocks, in order; parts are `stride` apart.
-static void add_blocks(const float* parts, int64_t blocks, int64_t stride, float* total, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) total[i] = 0.0f;
-  for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t i = 0; i < n; ++i) total[i] += parts[block * stride + i];
+// sum + rest grows by part, which becomes 0: `rest` is what the additions to `sum` round away (Knuth's TwoSum).
+static void settle(float* __restrict part, float* __restrict sum, float* __restrict rest, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float total = sum[i] + part[i], taken = total - sum[i];
+    rest[i] += (sum[i] - (total - taken)) + (part[i] - taken);
+    sum[i] = total;
+    part[i] = 0.0f;
+  }
+}
+
+// The first n of sums = all blocks' sums and rests, which are n long each and follow one another.
+static void add_blocks(float* sums, int64_t blocks, int64_t n) {
+  float *sum = sums, *rest = sums + n;
+  for (int64_t block = 1; block < blocks; ++block) {
+    const float* lost = sums + (2 * block + 1) * n;
+    settle(sums + 2 * block * n, sum, rest, n);
+    for (int64_t i = 0; i < n; ++i) rest[i] += lost[i];
+  }
+  for (int64_t i = 0; i < n && blocks > 0; ++i) sum[i] += rest[i];
 }

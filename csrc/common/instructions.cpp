@@ -23,7 +23,7 @@ bool has_f16c() {
 
 Instructions best() {
 #ifdef MEGAGPT2_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");  // as common/variants.h compiles for
   if (avx2 && avx512) return Instructions::avx512;

@@ -81,8 +81,9 @@ struct Rows {
 };
 inline Rows rows_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 1, "x must have at least one dimension");
-  const int64_t width = x.size(x.dim() - 1);
-  return {width == 0 ? 0 : x.numel() / width, width};
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return {rows, x.size(x.dim() - 1)};
 }
 
 // Rows worth waking a thread for: 32,768 elements.

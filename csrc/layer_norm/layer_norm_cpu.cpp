@@ -1,8 +1,8 @@
 #include "layer_norm/layer_norm.h"
 
-#include <algorithm>
-
 #include <torch/csrc/stable/library.h>
+
+#include "common/sums_over_rows.h"
 
 #define MEGAGPT2_LOOPS "layer_norm/layer_norm_loops.h"
 #include "common/variants.h"
@@ -40,29 +40,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   const Tensor inputs = packed(x), gradients = packed(dy);
   const Tensor residual = dz ? packed(*dz) : inputs;
   Tensor dx = empty_contiguous_like(x);
-  Tensor d_weight = empty(x, {width}, ScalarType::Float), d_bias = empty(x, {width}, ScalarType::Float);
   const Tensor weights = as_floats(weight);
-  const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
-  Buffer<float> parts(2 * blocks * width);
-  with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
+  SumsOverRows sums(rows, 2 * width, {MEGAGPT2_VARIANT(settle), MEGAGPT2_VARIANT(add_blocks)});
+  with_type(x.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(backward_rows<T>);
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> buffer = row_buffer(width);
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t row = block * step, at = row * width;
-        float* part = parts.data() + 2 * block * width;
-        backward(
-            data<T>(gradients) + at, data<T>(inputs) + at, dz ? data<T>(residual) + at : nullptr,
-            data<float>(mean) + row, data<float>(rstd) + row, data<float>(weights), mutable_data<T>(dx) + at, part,
-            part + width, std::min(step, rows - row), width, buffer.data());
-      }
+    const auto make_buffer = [width] { return row_buffer(width); };
+    sums.run(make_buffer, [&](Buffer<float>& buffer, int64_t row, int64_t count, float* part) {
+      const int64_t at = row * width;
+      backward(
+          data<T>(gradients) + at, data<T>(inputs) + at, dz ? data<T>(residual) + at : nullptr, data<float>(mean) + row,
+          data<float>(rstd) + row, data<float>(weights), mutable_data<T>(dx) + at, part, part + width, count, width,
+          buffer.data());
     });
   });
-  const auto add = MEGAGPT2_VARIANT(add_blocks);
-  add(parts.data(), blocks, 2 * width, mutable_data<float>(d_weight), width);
-  add(parts.data() + width, blocks, 2 * width, mutable_data<float>(d_bias), width);
-  return {dx, torch::stable::to(d_weight, x.scalar_type()), torch::stable::to(d_bias, x.scalar_type())};
+  return {dx, sums.of(0, width, x), sums.of(width, width, x)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {

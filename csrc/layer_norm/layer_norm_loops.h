@@ -3,28 +3,28 @@
 
 #include "common/column_sums.h"
 
-// The mean of n floats, and the square root's inverse of their variance + epsilon.
+// The mean of n floats, and the square root's inverse of their variance + epsilon. What the sum lost to rounding is what
+// the mean of the differences from it is: it counts where the values are far from zero and close to one another.
 static inline void moments(const float* row, Float total, int64_t n, float epsilon, float* mean, float* rstd) {
   const float center = sum(total) / (float)n;
-  Float squares[4] = {};
+  Float squares[4] = {}, differences[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
     for (int k = 0; k < 4; ++k) {
       const Float d = load(row + i + k * kWidth) - center;
       squares[k] += d * d;
+      differences[k] += d;
     }
   }
-  for (; i + kWidth <= n; i += kWidth) {
-    const Float d = load(row + i) - center;
+  for (; i < n; i += kWidth) {
+    const Float d = (n - i >= kWidth ? load(row + i) : load(row + i, n - i, center)) - center;
     squares[0] += d * d;
+    differences[0] += d;
   }
-  if (i < n) {
-    const Float d = load(row + i, n - i, center) - center;
-    squares[1] += d * d;
-  }
-  const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)n;
-  *mean = center;
-  *rstd = 1.0f / __builtin_sqrtf(variance + epsilon);
+  const float lost = sum((differences[0] + differences[1]) + (differences[2] + differences[3])) / (float)n;
+  const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)n - lost * lost;
+  *mean = center + lost;
+  *rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);
 }
 
 // Meanwhile the row at `next` is fetched.

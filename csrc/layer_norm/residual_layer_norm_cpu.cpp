@@ -1,9 +1,8 @@
 #include "layer_norm/residual_layer_norm.h"
 
-#include <algorithm>
-
 #include <torch/csrc/stable/library.h>
 
+#include "common/sums_over_rows.h"
 #include "dropout/row_words.h"
 #include "layer_norm/layer_norm.h"
 
@@ -53,39 +52,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
   const DropoutArguments dropout = dropout_arguments(z, samples, key0, key1, probability, start);
   const Tensor sums = packed(z), gradients = packed(dy), stream = dz ? packed(*dz) : sums, weights = as_floats(weight);
   Tensor d_residual = empty_contiguous_like(z), dx = samples ? empty_contiguous_like(z) : empty(z, {0});
-  const int64_t step = rows_per_block(rows), blocks = (rows + step - 1) / step;
-  Buffer<float> parts(3 * blocks * width);  // d weight, d norm_bias and d bias of each block
-  with_type(z.scalar_type(), [&, rows = rows, width = width](auto element) {
+  SumsOverRows columns(rows, 3 * width, {MEGAGPT2_VARIANT(settle), MEGAGPT2_VARIANT(add_blocks)});
+  with_type(z.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto normalize = MEGAGPT2_VARIANT(backward_rows<T>);
     const auto add = MEGAGPT2_VARIANT(residual_backward_row<T>);
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> buffer = row_buffer(width);
-      RowWords words(dropout.rows);
-      for (int64_t block = begin; block < end; ++block) {
-        float* part = parts.data() + 3 * block * width;
-        for (int64_t row = block * step; row < std::min(rows, (block + 1) * step); ++row) {
-          const int64_t at = row * width;
-          T* to = mutable_data<T>(d_residual) + at;
-          normalize(
-              data<T>(gradients) + at, data<T>(sums) + at, dz ? data<T>(stream) + at : nullptr,
-              data<float>(mean) + row, data<float>(rstd) + row, data<float>(weights), to, part, part + width, 1, width,
-              buffer.data());
-          T* dropped = samples ? mutable_data<T>(dx) + at : nullptr;
-          words.for_each_piece(row, width, {dropped}, [&](int64_t i, const uint32_t* drawn, int64_t n) {
-            add(to + i, drawn, dropout.rows.threshold, dropout.rows.scale, dropped + i, part + 2 * width + i, n);
-          });
-        }
+    struct Task {
+      Buffer<float> buffer;
+      RowWords words;
+    };
+    const auto make_task = [&] { return Task{row_buffer(width), RowWords(dropout.rows)}; };
+    columns.run(make_task, [&](Task& task, int64_t first, int64_t count, float* part) {
+      for (int64_t row = first; row < first + count; ++row) {
+        const int64_t at = row * width;
+        T* to = mutable_data<T>(d_residual) + at;
+        normalize(
+            data<T>(gradients) + at, data<T>(sums) + at, dz ? data<T>(stream) + at : nullptr, data<float>(mean) + row,
+            data<float>(rstd) + row, data<float>(weights), to, part, part + width, 1, width, task.buffer.data());
+        T* dropped = samples ? mutable_data<T>(dx) + at : nullptr;
+        task.words.for_each_piece(row, width, {dropped}, [&](int64_t i, const uint32_t* drawn, int64_t n) {
+          add(to + i, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? dropped + i : nullptr,
+              part + 2 * width + i, n);
+        });
       }
     });
   });
-  const auto add = MEGAGPT2_VARIANT(add_blocks);
-  const auto total = [&, width = width](int64_t which) {
-    Tensor columns = empty(z, {width}, ScalarType::Float);
-    add(parts.data() + which * width, blocks, 3 * width, mutable_data<float>(columns), width);
-    return torch::stable::to(columns, z.scalar_type());
-  };
-  return {d_residual, dx, total(2), total(0), total(1)};
+  return {d_residual, dx, columns.of(2 * width, width, z), columns.of(0, width, z), columns.of(width, width, z)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {

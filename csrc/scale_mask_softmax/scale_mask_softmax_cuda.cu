@@ -113,7 +113,7 @@ struct Forward {
   __device__ __forceinline__ void scaled(const Row& row, int64_t column, const Pack<T, V>& x, float (&z)[V]) const {
     const unsigned bits = visible<V, PLAIN>(row, column);
 #pragma unroll
-    for (int v = 0; v < V; ++v) z[v] = bits >> v & 1u ? to_float(x.value[v]) * scale : -INFINITY;
+    for (int v = 0; v < V; ++v) z[v] = bits >> v & 1u ? __fmul_rn(to_float(x.value[v]), scale) : -INFINITY;
   }
 
   // Writes V weights, from e = exp2(z - most) where there is a visible key. Hidden ones among these are 0 in e, but for

@@ -8,24 +8,24 @@ static inline void zero(T* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = T{};
 }
 
-// The largest of scale * x over what is neither hidden nor past n; -inf where that is nothing. A NaN is left out here:
-// it shows in the exponentials.
+// The largest of sign * x over what is neither hidden nor past n; -inf where that is nothing. A NaN is left out here: it
+// shows in the exponentials.
 template <bool masked, typename T>
-static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, float scale) {
+static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, float sign) {
   const Float none = all(-__builtin_inff());
   Float most[4] = {none, none, none, none};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
     for (int k = 0; k < 4; ++k) {
       const int64_t j = i + k * kWidth;
-      Float score = load(x + j) * scale;
+      Float score = load(x + j) * sign;
       if (masked) score = choose(load_flags(hidden + j), none, score);
       most[k] = greater(score, most[k]);
     }
   }
   for (; i < n; i += kWidth) {
     const int64_t left = at_most_a_vector(n - i);
-    Float score = choose(first_lanes(left), load(x + i, left) * scale, none);
+    Float score = choose(first_lanes(left), load(x + i, left) * sign, none);
     if (masked) score = choose(load_flags(hidden + i, left), none, score);
     most[0] = greater(score, most[0]);
   }
@@ -35,18 +35,19 @@ static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, 
 // Sums of a row side by side: 32 with any vectors, so that long rows are as exact with all of them.
 constexpr int kChains = 32 / kWidth;
 
-// buffer = exp(scale * x - most), 0 where it is hidden and after n; returns the sum. This is most of the work:
-// meanwhile the row at `next` is fetched, since half rows are too short for the processor to foresee.
+// buffer = exp(size * (sign * x - most)), 0 where it is hidden and after n; returns the sum. The largest is subtracted
+// before the product is rounded: it comes out as exp(0), however large the scores are. This is most of the work: meanwhile
+// the row at `next` is fetched, since half rows are too short for the processor to foresee.
 template <bool masked, typename T>
 static inline float exponentials(
-    const T* x, const T* next, const uint8_t* hidden, int64_t n, float scale, float most, float* buffer) {
+    const T* x, const T* next, const uint8_t* hidden, int64_t n, float sign, float size, float most, float* buffer) {
   Float totals[kChains] = {};
   int64_t i = 0;
   for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
     for (int k = 0; k < kChains; ++k) {
       const int64_t j = i + k * kWidth;
       fetch(next, j);
-      Float e = decay(load(x + j) * scale - most);
+      Float e = decay((load(x + j) * sign - most) * size);
       if (masked) e = choose(load_flags(hidden + j), Float{}, e);
       store(buffer + j, e);
       totals[k] += e;
@@ -54,7 +55,7 @@ static inline float exponentials(
   }
   for (; i < n; i += kWidth) {
     const int64_t left = at_most_a_vector(n - i);
-    Float e = choose(first_lanes(left), decay(load(x + i, left) * scale - most), Float{});
+    Float e = choose(first_lanes(left), decay((load(x + i, left) * sign - most) * size), Float{});
     if (masked) e = choose(load_flags(hidden + i, left), Float{}, e);
     store(buffer + i, e);
     totals[0] += e;
@@ -93,11 +94,12 @@ template <typename T>
 void forward_row(
     const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key, float scale,
     float* buffer, WeightDropout dropout) {
-  const float most = hidden ? largest_score<true>(x, hidden, n, scale) : largest_score<false>(x, hidden, n, scale);
+  const float sign = scale < 0.0f ? -1.0f : 1.0f, size = scale * sign;
+  const float most = hidden ? largest_score<true>(x, hidden, n, sign) : largest_score<false>(x, hidden, n, sign);
   if (n > 0 && hidden && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
   if (n > 0) {
-    const float total = hidden ? exponentials<true>(x, next, hidden, n, scale, most, buffer)
-                               : exponentials<false>(x, next, hidden, n, scale, most, buffer);
+    const float total = hidden ? exponentials<true>(x, next, hidden, n, sign, size, most, buffer)
+                               : exponentials<false>(x, next, hidden, n, sign, size, most, buffer);
     const float inverse = 1.0f / total;
     normalize(buffer, y, weights, n, inverse, dropout);
     if (hidden && !(inverse < __builtin_inff())) {  // the row is NaN: what is hidden stays 0
@@ -112,10 +114,10 @@ void forward_row(
   if (dropout.words) zero(weights + n, key - n);
 }
 
-// The gradient of the weights before dropout.
+// The gradient of the weights p before dropout. It counts for nothing where p is 0, as a hidden weight is, whatever it is.
 template <typename T>
-static inline Float upstream(const T* dy, int64_t i, int64_t left, const WeightDropout& dropout) {
-  const Float g = left >= kWidth ? load(dy + i) : load(dy + i, left);
+static inline Float upstream(const T* dy, Float p, int64_t i, int64_t left, const WeightDropout& dropout) {
+  const Float g = choose(p == 0.0f, Float{}, left >= kWidth ? load(dy + i) : load(dy + i, left));
   if (!dropout.words) return g;
   const Word words = left >= kWidth ? load_words(dropout.words + i) : load_words(dropout.words + i, left);
   return choose(words >= dropout.threshold, g * dropout.factor, Float{});
@@ -129,17 +131,23 @@ void backward_row(const T* dy, const T* weights, T* dx, int64_t n, int64_t key, 
   for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
     for (int k = 0; k < 4; ++k) {
       const int64_t j = i + k * kWidth;
-      totals[k] += upstream(dy, j, kWidth, dropout) * load(weights + j);
+      const Float p = load(weights + j);
+      totals[k] += upstream(dy, p, j, kWidth, dropout) * p;
     }
   }
   for (; i < n; i += kWidth) {
     const int64_t left = at_most_a_vector(n - i);
-    totals[0] += upstream(dy, i, left, dropout) * load(weights + i, left);
+    const Float p = load(weights + i, left);
+    totals[0] += upstream(dy, p, i, left, dropout) * p;
   }
   const float product = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
-  for (i = 0; i + kWidth <= n; i += kWidth) {
-    store(dx + i, (upstream(dy, i, kWidth, dropout) - product) * load(weights + i) * scale);
+  const bool finite = product - product == 0.0f;  // else 0 weights need care: 0 times infinity is NaN
+  for (i = 0; i < n; i += kWidth) {
+    const int64_t left = at_most_a_vector(n - i);
+    const Float p = left == kWidth ? load(weights + i) : load(weights + i, left);
+    Float d = (upstream(dy, p, i, left, dropout) - product) * p * scale;
+    if (!finite) d = choose(p == 0.0f, Float{}, d);
+    left == kWidth ? store(dx + i, d) : store(dx + i, d, left);
   }
-  if (i < n) store(dx + i, (upstream(dy, i, n - i, dropout) - product) * load(weights + i, n - i) * scale, n - i);
   zero(dx + n, key - n);
 }
