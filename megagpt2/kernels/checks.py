@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -29,13 +30,24 @@ def checked_dropout(
     Raises ValueError unless x [batch, ..., width] can be dropped with them."""
     if probability == 0.0:
         return None, (0, 0), 0.0, 0
-    if not 0.0 <= probability < 1.0:
-        raise ValueError(f"probability is {probability}: it must be at least 0 and below 1")
     if samples is None:
         raise ValueError(f"probability is {probability} but there are no samples: give one for each x[i]")
-    if x.dim() < 2 or samples.shape != x.shape[:1]:
-        raise ValueError(
-            f"samples are {list(samples.shape)} and x is {list(x.shape)}: x is [batch, ..., width], "
-            "and each x[i] has a sample"
-        )
+    if x.dim() < 2:
+        raise ValueError(f"x is {list(x.shape)}: dropout needs [batch, ..., width], whose x[i] are samples")
+    check_dropout(x, samples, key, probability, start)
     return samples, key, probability, start
+
+
+def check_dropout(x: Tensor, samples: Tensor, key: tuple[int, int], probability: float, start: int) -> None:
+    """Raise ValueError unless x [batch, ...] can be dropped with these arguments of kernels/dropout.py."""
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"probability is {probability}: it must be at least 0 and below 1")
+    if samples.dtype != torch.int64 or samples.dim() != 1 or samples.shape != x.shape[:1]:
+        raise ValueError(
+            f"samples are {samples.dtype} {list(samples.shape)} and x is {list(x.shape)}: give an int64 number for "
+            "each x[i]"
+        )
+    if not all(0 <= word < 2**32 for word in key):
+        raise ValueError(f"key is {key}: give two words in [0, 2**32), as key_of makes them")
+    if start < 0:
+        raise ValueError(f"start is {start}: elements have numbers from 0 on")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megagpt2.kernels.checks import check_dropout
 from megagpt2.kernels.extension import EXTENSION, TYPES
 from megagpt2.kernels.fakes import contiguous_like
 from megagpt2.kernels.philox import random_bits, random_bits_reference
@@ -37,7 +38,9 @@ def dropout(x: Tensor, samples: Tensor, key: tuple[int, int], probability: float
     """Drop elements of x [batch, ...]; each sample's elements are numbers start, start + 1, ... of its tensor.
 
     samples: int64 [batch], the number of each sample in the run, which never repeats. probability: in [0, 1).
+    Raises ValueError for other arguments.
     """
+    check_dropout(x, samples, key, probability, start)
     if EXTENSION.serves(x, samples, types=TYPES | {torch.float64}):
         return torch.ops.megagpt2.dropout(x, samples, *key, probability, start)
     return dropout_reference(x, samples, key, probability, start)

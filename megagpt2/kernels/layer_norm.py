@@ -20,8 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megagpt2.kernels.checks import check_vector
+from megagpt2.kernels.derivatives import last_derivative
 from megagpt2.kernels.extension import EXTENSION
 from megagpt2.kernels.fakes import contiguous_like
+
+FEWEST = 2**16  # elements, on a CPU and without dropout: with fewer torch's own is faster
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
@@ -30,14 +34,19 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """Normalize x [..., width], scale by weight [width] and shift by bias [width]."""
-    if EXTENSION.serves(x, weight, bias):
+    """Normalize x [..., width], scale by weight [width] and shift by bias [width], of x's type.
+
+    Raises ValueError for another weight or bias.
+    """
+    check_vector(x, weight, "weight")
+    check_vector(x, bias, "bias")
+    if EXTENSION.serves(x, weight, bias, fewest=FEWEST):
         return torch.ops.megagpt2.layer_norm(x, weight, bias, epsilon)[0]
     return layer_norm_reference(x, weight, bias, epsilon)
 
 
 def layer_norm_apex(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """`layer_norm` by apex, which is optional: kernels/choice.py says whether it is there."""
+    """`layer_norm` by apex, which is optional: config/facts.py finds out whether it is there."""
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
     return fused_layer_norm_affine(x, weight, bias, tuple(weight.shape), epsilon)
@@ -63,6 +72,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for mean and rstd
 
 
+@last_derivative
 def _backward(ctx, dy, d_mean, d_rstd):
     if dy is None:
         return None, None, None, None

@@ -21,9 +21,12 @@ from torch import Tensor
 
 from megagpt2.kernels.bias_dropout_add import bias_dropout_add_reference
 from megagpt2.kernels.checks import check_same, check_vector, checked_dropout
+from megagpt2.kernels.derivatives import last_derivative
 from megagpt2.kernels.extension import EXTENSION
 from megagpt2.kernels.fakes import contiguous_like
 from megagpt2.kernels.layer_norm import layer_norm_reference
+
+FEWEST = 2**17  # elements, on a CPU and without dropout: with fewer torch's own is faster
 
 
 def residual_layer_norm_reference(
@@ -49,7 +52,9 @@ def residual_layer_norm(
             check_vector(x, vector, name)
     check_same(x, residual, "residual")
     samples, key, probability, start = checked_dropout(x, samples, key, probability, start)
-    if EXTENSION.serves(x, bias, residual, weight, norm_bias, samples):
+    if EXTENSION.serves(
+        x, bias, residual, weight, norm_bias, samples, fewest=0 if probability else FEWEST
+    ):
         z, y, _, _ = torch.ops.megagpt2.residual_layer_norm(
             x, bias, residual, weight, norm_bias, epsilon, samples, *key, probability, start
         )
@@ -78,6 +83,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # z may have no other reader: then there is no dz to add
 
 
+@last_derivative
 def _backward(ctx, dz, dy, d_mean, d_rstd):
     z, mean, rstd, weight, samples = ctx.saved_tensors
     d_residual, dx, d_bias, d_weight, d_norm_bias = torch.ops.megagpt2.residual_layer_norm_backward(

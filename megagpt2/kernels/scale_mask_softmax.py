@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megagpt2.kernels.checks import check_dropout
+from megagpt2.kernels.derivatives import last_derivative
 from megagpt2.kernels.dropout import dropout_reference
 from megagpt2.kernels.extension import EXTENSION
 from megagpt2.kernels.fakes import contiguous_like
@@ -93,8 +95,8 @@ def _check(scores: Tensor, mask: Tensor | None, dropout: WeightDropout | None) -
         sizes = (*(1,) * (4 - mask.dim()), *mask.shape)
         if len(sizes) > 4 or any(size not in (1, whole) for size, whole in zip(sizes, shape, strict=True)):
             raise ValueError(f"the mask is {tuple(mask.shape)}: give a shape that broadcasts to the scores' {shape}")
-    if dropout is not None and dropout.samples.shape != shape[:1]:
-        raise ValueError(f"{tuple(dropout.samples.shape)} samples for scores {shape}: give one for each scores[i]")
+    if dropout is not None:
+        check_dropout(scores, *dropout)
 
 
 def _fake(scores, scale, causal, mask, samples, key0, key1, probability, start):
@@ -113,6 +115,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(y if samples is None else weights, samples)
 
 
+@last_derivative
 def _backward(ctx, dy, d_weights):
     weights, samples = ctx.saved_tensors
     d_scores = torch.ops.megagpt2.scale_mask_softmax_backward(

@@ -180,7 +180,7 @@ def test_gradients_of_the_reference(probability):
         ({"residual": torch.zeros(2, 4)}, "residual is"),
         ({"residual": torch.zeros(2, 3, dtype=torch.float16)}, "residual is"),
         ({"samples": None}, "there are no samples"),
-        ({"samples": torch.tensor([1])}, "each x.i. has a sample"),
+        ({"samples": torch.tensor([1])}, "give an int64 number for each x.i."),
         ({"probability": 1.0}, "below 1"),
         ({"probability": -0.1}, "at least 0"),
     ],

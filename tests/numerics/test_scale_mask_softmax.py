@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from megagpt2.kernels.scale_mask_softmax import (
 )
 from tests.support.kernels import TYPES, assert_as_exact, compiled, poisoned, with_gradients
 
+ROOT = Path(__file__).resolve().parents[2]
 KEY = key_of(1234, "attention")
 # Around a vector of 4, 8 or 16, several of them, a group of 16 queries, and what a warp's or a block's registers hold.
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 129, 250]))
@@ -170,13 +174,95 @@ def test_queries_that_see_nothing_have_weights_and_gradients_of_zero(device, dty
 
 @compiled
 @devices
-def test_what_causality_hides_is_not_read_in_the_gradient_either(device):
+def test_what_causality_hides_does_not_count_in_the_gradient_either(device):
     scores, dy = (torch.randn(1, 2, 33, 40, device=device) for _ in range(2))
     [_, expected] = with_gradients(partial(scale_mask_softmax, scale=1.0, causal=True), [scores], dy)
     hidden = hidden_keys(scores, True, None)
     scores, dy = (t.masked_fill(hidden, math.nan) for t in (scores, dy))
     [_, found] = with_gradients(partial(scale_mask_softmax, scale=1.0, causal=True), [scores], dy)
     assert torch.equal(found, expected)
+
+
+def unreadable_above_the_diagonal(values: torch.Tensor, memory: list) -> torch.Tensor:
+    """The same [n, n] where what lies right of the diagonal is on pages that may not be read: reading it is the end.
+
+    memory: keeps the pages alive. Row r ends with its element r at a page's end, and the next page is forbidden.
+    """
+    libc, page, n, size = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, len(values), values.element_size()
+    pages = mmap.mmap(-1, 2 * n * page)
+    memory.append(pages)
+    flat = torch.frombuffer(pages, dtype=values.dtype)
+    stride = (2 * page - size) // size  # a row further, its diagonal is one element further
+    rows = flat.as_strided((n, n), (stride, 1), (page - size) // size)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    for row in range(n):
+        rows[row, : row + 1] = values[row, : row + 1]
+    for row in range(n):
+        assert libc.mprotect(ctypes.c_void_p(begin + (2 * row + 1) * page), ctypes.c_size_t(page), 0) == 0
+    return rows[None, None]
+
+
+UNREAD = """
+import torch
+from tests.numerics.test_scale_mask_softmax import KEY, unreadable_above_the_diagonal
+forward, backward = torch.ops.megagpt2.scale_mask_softmax, torch.ops.megagpt2.scale_mask_softmax_backward
+memory = []
+for dtype in (torch.float32, torch.bfloat16):
+    for n in (1, 5, 16, 17, 40, 70):
+        scores, dy = (torch.randn(n, n).to(dtype) for _ in range(2))
+        for samples in (None, torch.tensor([3])):
+            rest = (samples, *KEY, 0.2, 0)
+            y, weights = forward(scores[None, None], 0.5, True, None, *rest)
+            kept = y if samples is None else weights
+            dx = backward(dy[None, None], kept, 0.5, True, *rest)
+            hidden = [unreadable_above_the_diagonal(t, memory) for t in (scores, dy, kept[0, 0])]
+            found = forward(hidden[0], 0.5, True, None, *rest)
+            assert torch.equal(found[0], y) and torch.equal(found[1], weights)
+            assert torch.equal(backward(hidden[1], hidden[2], 0.5, True, *rest), dx)
+print("not read")
+import os
+os._exit(0)
+"""
+
+
+@compiled
+@pytest.mark.skipif(sys.platform != "linux", reason="lays out pages as Linux does")
+def test_what_causality_hides_is_not_read():
+    """In a process of its own, which a read would kill."""
+    end = subprocess.run([sys.executable, "-c", UNREAD], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert end.stdout == "not read\n", (end.returncode, end.stderr)
+
+
+@compiled
+@devices
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_gradient_of_a_hidden_weight_counts_for_nothing(device, value):
+    """Whatever it is: a value of a padding token may be anything."""
+    scores, dy = (torch.randn(1, 2, 6, 21, device=device) for _ in range(2))
+    mask = torch.rand(6, 21, device=device) < 0.3
+    mask[2] = True
+    dy = dy.masked_fill(mask, value)
+    [_, found] = with_gradients(partial(scale_mask_softmax, scale=0.5, mask=mask), [scores], dy)
+    [_, expected] = with_gradients(
+        partial(scale_mask_softmax_reference, scale=0.5, mask=mask), [scores], dy.masked_fill(mask, 0.0)
+    )
+    assert (found[:, :, mask] == 0).all()
+    torch.testing.assert_close(found, expected)
+
+
+@compiled
+@devices
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.125])
+def test_scores_may_be_as_large_as_their_type_allows(device, dtype, scale):
+    """A row of them all alike, as what is added to hide padding leaves, and rows in which some are larger."""
+    largest = torch.finfo(dtype).max
+    some = torch.rand(30)
+    rows = [torch.full((30,), -largest), torch.full((30,), largest), largest / 4 * some, 2e4 + 9e3 * some]
+    scores = torch.stack(rows).to(device, dtype)[None, None]
+    found = scale_mask_softmax(scores, scale)
+    exact = scale_mask_softmax_reference(scores.double(), scale)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=torch.finfo(dtype).eps)
 
 
 @compiled
@@ -222,6 +308,7 @@ def test_what_is_kept_for_the_gradient_are_the_weights_before_dropout(device):
 WORST_ERRORS = """
 import torch
 from functools import partial
+from pathlib import Path
 from megagpt2.kernels.scale_mask_softmax import WeightDropout, scale_mask_softmax, scale_mask_softmax_reference
 from tests.support.kernels import TYPES, with_gradients
 torch.manual_seed(0)
@@ -312,7 +399,7 @@ SCORES = torch.zeros(2, 3, 4, 5)
         (SCORES, {"mask": torch.zeros(4, 5)}, "give bool"),
         (SCORES, {"mask": torch.zeros(4, 4, dtype=torch.bool)}, "broadcasts to the scores"),
         (SCORES, {"mask": torch.zeros(1, 2, 3, 4, 5, dtype=torch.bool)}, "broadcasts to the scores"),
-        (SCORES, {"dropout": WeightDropout(torch.tensor([1]), KEY, 0.1)}, "give one for each"),
+        (SCORES, {"dropout": WeightDropout(torch.tensor([1]), KEY, 0.1)}, "give an int64 number for each"),
     ],
     ids=str,
 )

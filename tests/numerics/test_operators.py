@@ -1,0 +1,95 @@
+"""What all operators of csrc/ must do alike: on every processor, for any number of rows, where torch is faster."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megagpt2.kernels.extension import EXTENSION, Extension
+from tests.support.kernels import assert_as_exact, compiled, with_gradients
+from tests.support.operators import operators
+
+NAMES = [operator.name for operator in operators(1, 1)]
+PLAIN = [name for name in NAMES if name != "scale_mask_softmax"]  # its reference is slower at any size
+
+
+def operator_of(name: str, rows: int, width: int, probability: float = 0.0):
+    return next(operator for operator in operators(rows, width, probability) if operator.name == name)
+
+
+@compiled
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+def test_every_set_of_vector_instructions_is_as_exact(instructions):
+    end = subprocess.run(
+        [sys.executable, "-m", "tests.support.operators"], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"MEGAGPT2_CPU": instructions, "OMP_NUM_THREADS": "1"},
+    )
+    if end.returncode and "which this processor has not" in end.stderr and instructions != "portable":
+        pytest.skip(f"this processor has no {instructions}")
+    assert end.stdout == "as exact\n", end.stderr
+
+
+@compiled
+@pytest.mark.parametrize("name", PLAIN)
+def test_sums_over_many_rows_are_as_exact_as_torchs(name):
+    """Where a sum one after the other had lost two digits: torch's own adds halves of halves."""
+    operator = operator_of(name, 60_000, 3)
+    torch.manual_seed(1)
+    inputs = operator.inputs(torch.float32)
+    dy = torch.randn(operator.reference(*inputs).shape)
+    found, torchs = (with_gradients(f, inputs, dy) for f in (operator.ours, operator.reference))
+    exact = with_gradients(operator.reference, [t.double() for t in inputs], dy.double())
+    for three in zip(found, exact, torchs, strict=True):
+        if three[0].dim() == 1:
+            assert_as_exact(*three, name)
+
+
+@compiled
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+def test_a_second_derivative_is_refused_and_not_zero(name, probability):
+    """A gradient penalty: through the gradient with respect to x, whose dy needs none."""
+    operator = operator_of(name, 4, 5, probability)
+    x, *others = operator.inputs(torch.float32)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(operator.ours(x, *others).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative: set MEGAGPT2_REFERENCE=1"):
+        (gradient.square().sum() + x.sum()).backward()
+
+
+@compiled
+@pytest.mark.parametrize("name", PLAIN)
+def test_small_tensors_are_left_to_torch(name, monkeypatch):
+    """Unless they are asked for, as everywhere else in these tests: there a call of ours costs more than it saves."""
+    module = importlib.import_module(f"megagpt2.kernels.{name}")
+    taken = []
+    reference = getattr(module, f"{name}_reference")
+    monkeypatch.setattr(module, f"{name}_reference", lambda *a, **k: taken.append(1) or reference(*a, **k))
+    for always, rows, expected in ((True, 1, 0), (False, 1, 1), (False, 1024, 0)):
+        monkeypatch.setattr(module, "EXTENSION", dataclasses.replace(EXTENSION, always=always))
+        operator = operator_of(name, rows, 768)
+        operator.ours(*operator.inputs(torch.float32))
+        assert len(taken) == expected
+        taken.clear()
+
+
+def test_a_device_that_is_no_cpu_serves_tensors_of_any_size():
+    x = torch.empty(1, device="meta")
+    assert not Extension(True).serves(torch.empty(1), fewest=2) and Extension(True).serves(torch.empty(2), fewest=2)
+    assert not Extension(True, cuda=True).serves(x)  # meta tensors have no operator of their own: the references
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
+def test_gpus_too_old_are_named(monkeypatch, capability, refused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    problem = Extension(True, cuda=True).problem_here("cuda")
+    assert (problem is not None) == refused
+    assert not refused or "8.0 or newer, and this one has 7.5" in problem
+    assert Extension(True).problem_here("cpu") is None
+    assert "without cuda" in Extension(True).problem_here("cuda")
