@@ -12,10 +12,10 @@ namespace megagpt2 {
 // not among these words). Without a word the maximum is -infinity and the sum 0.
 Tensor cross_entropy_statistics_cpu(Tensor logits, Tensor targets, int64_t first, int64_t words);
 
-// logits [n, width], contiguous, become exp(logit - maximum) / normalizer - [word is target], 0 in the padding. maximum
-// and normalizer: float32 [n], over the whole vocabulary.
+// logits [n, width], contiguous, become factor * (exp(logit - maximum) / normalizer - [word is target]), 0 in the
+// padding. maximum and normalizer: float32 [n], over the whole vocabulary. A power of two as the factor rounds nothing.
 void cross_entropy_gradient_cpu(
-    Tensor logits, Tensor targets, Tensor maximum, Tensor normalizer, int64_t first, int64_t words);
+    Tensor logits, Tensor targets, Tensor maximum, Tensor normalizer, int64_t first, int64_t words, double factor);
 
 // Throws std::runtime_error unless the shapes and types are those above.
 void check_chunk(const Tensor& logits, const Tensor& targets, int64_t words);

@@ -46,7 +46,7 @@ Tensor cross_entropy_statistics_cpu(Tensor logits, Tensor targets, int64_t first
 }
 
 void cross_entropy_gradient_cpu(
-    Tensor logits, Tensor targets, Tensor maximum, Tensor normalizer, int64_t first, int64_t words) {
+    Tensor logits, Tensor targets, Tensor maximum, Tensor normalizer, int64_t first, int64_t words, double factor) {
   check_gradient(logits, targets, maximum, normalizer, words);
   const Tensor wanted = packed(targets), peaks = packed(maximum), sums = packed(normalizer);
   const int64_t width = logits.size(1);
@@ -56,7 +56,7 @@ void cross_entropy_gradient_cpu(
     T* rows = mutable_data<T>(logits);
     torch::stable::parallel_for(0, logits.size(0), rows_per_task(width), [&](int64_t begin, int64_t end) {
       run(rows + begin * width, data<int64_t>(wanted) + begin, data<float>(peaks) + begin, data<float>(sums) + begin,
-          end - begin, width, first, words);
+          end - begin, width, first, words, static_cast<float>(factor));
     });
   });
 }
@@ -65,7 +65,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {
   m.def("cross_entropy_statistics(Tensor logits, Tensor targets, SymInt first, SymInt words) -> Tensor");
   m.def(
       "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, Tensor maximum, Tensor normalizer, SymInt first,"
-      " SymInt words) -> ()");
+      " SymInt words, float factor=1.0) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megagpt2, CPU, m) {

@@ -69,10 +69,11 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) gradient_rows(
     T* __restrict__ logits, const int64_t* __restrict__ targets, const float* __restrict__ maximum,
-    const float* __restrict__ normalizer, int64_t rows, int64_t width, int64_t first, int64_t words, int64_t pieces) {
+    const float* __restrict__ normalizer, int64_t rows, int64_t width, int64_t first, int64_t words, float factor,
+    int64_t pieces) {
   for (int64_t item = blockIdx.x; item < rows * pieces; item += gridDim.x) {
     const int64_t row = item / pieces, begin = (item % pieces * kPacks * kThreads + threadIdx.x) * V;
-    const float peak = maximum[row], factor = 1.0f / normalizer[row];
+    const float peak = maximum[row], scale = factor / normalizer[row];
     const int64_t word = targets[row] - first;
     T* at = logits + row * width;
     Pack<T, V> part[kPacks];
@@ -88,8 +89,8 @@ __global__ void __launch_bounds__(kThreads) gradient_rows(
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const bool counts = column + v < words;
-        const float probability = counts ? exponential(to_float(part[k].value[v]) - peak) * factor : 0.0f;
-        part[k].value[v] = from_float<T>(counts && column + v == word ? probability - 1.0f : probability);
+        const float gradient = counts ? exponential(to_float(part[k].value[v]) - peak) * scale : 0.0f;
+        part[k].value[v] = from_float<T>(counts && column + v == word ? gradient - factor : gradient);
       }
       store_pack<V>(at + column, part[k]);
     }
@@ -122,7 +123,7 @@ Tensor cross_entropy_statistics_cuda(Tensor logits, Tensor targets, int64_t firs
 }
 
 void cross_entropy_gradient_cuda(
-    Tensor logits, Tensor targets, Tensor maximum, Tensor normalizer, int64_t first, int64_t words) {
+    Tensor logits, Tensor targets, Tensor maximum, Tensor normalizer, int64_t first, int64_t words, double factor) {
   check_gradient(logits, targets, maximum, normalizer, words);
   if (logits.numel() == 0) return;
   const Tensor wanted = packed(targets), peaks = packed(maximum), sums = packed(normalizer);
@@ -137,7 +138,8 @@ void cross_entropy_gradient_cuda(
           constexpr int V = decltype(v)::value;
           const int64_t piece = int64_t{kThreads} * kPacks * V, pieces = (width + piece - 1) / piece;
           gradient_rows<T, V><<<grid_of(rows * pieces), kThreads, 0, stream_of(logits)>>>(
-              at, data<int64_t>(wanted), data<float>(peaks), data<float>(sums), rows, width, first, words, pieces);
+              at, data<int64_t>(wanted), data<float>(peaks), data<float>(sums), rows, width, first, words,
+              static_cast<float>(factor), pieces);
         },
         at);
   });

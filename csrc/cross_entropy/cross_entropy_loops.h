@@ -58,16 +58,16 @@ void statistics_rows(
 template <typename T>
 void gradient_rows(
     T* logits, const int64_t* targets, const float* maximum, const float* normalizer, int64_t rows, int64_t width,
-    int64_t first, int64_t words) {
+    int64_t first, int64_t words, float factor) {
   for (int64_t r = 0; r < rows; ++r, logits += width) {
-    const float peak = maximum[r], factor = 1.0f / normalizer[r];
+    const float peak = maximum[r], scale = factor / normalizer[r];
     const int64_t word = targets[r] - first;
     const bool mine = word >= 0 && word < words;
-    const Float kept = mine ? load(logits + word, 1) : Float{};  // 1 is subtracted before the rounding to T
+    const Float kept = mine ? load(logits + word, 1) : Float{};  // the 1 is subtracted before the rounding to T
     int64_t i = 0;
-    for (; i + kWidth <= words; i += kWidth) store(logits + i, exponential(load(logits + i) - peak) * factor);
-    if (i < words) store(logits + i, exponential(load(logits + i, words - i) - peak) * factor, words - i);
-    if (mine) store(logits + word, exponential(kept - peak) * factor - 1.0f, 1);
+    for (; i + kWidth <= words; i += kWidth) store(logits + i, exponential(load(logits + i) - peak) * scale);
+    if (i < words) store(logits + i, exponential(load(logits + i, words - i) - peak) * scale, words - i);
+    if (mine) store(logits + word, exponential(kept - peak) * scale - factor, 1);
     for (i = words; i < width; ++i) logits[i] = T{};
   }
 }

@@ -10,6 +10,12 @@ namespace {
 
 constexpr int64_t kPerTask = 32768;  // what is worth waking a thread for
 
+bool same_shape(const Tensor& x, const Tensor& y) {
+  bool same = x.dim() == y.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == y.size(i);
+  return same;
+}
+
 }  // namespace
 
 void check_halves(const Tensor& high, const Tensor& low) {
@@ -17,14 +23,13 @@ void check_halves(const Tensor& high, const Tensor& low) {
       high.scalar_type() == ScalarType::BFloat16 || high.scalar_type() == ScalarType::Half,
       "high must be bfloat16 or float16: it will hold the rounded sum");
   STD_TORCH_CHECK(
-      low.scalar_type() == ScalarType::Short && low.numel() == high.numel() && high.is_contiguous() &&
-          low.is_contiguous(),
+      low.scalar_type() == ScalarType::Short && same_shape(low, high) && high.is_contiguous() && low.is_contiguous(),
       "low must be int16, of the shape of high, and both contiguous");
 }
 
 void check_term(const Tensor& x, const Tensor& high) {
   STD_TORCH_CHECK(
-      x.numel() == high.numel() && (x.scalar_type() == ScalarType::Float || x.scalar_type() == high.scalar_type()),
+      same_shape(x, high) && (x.scalar_type() == ScalarType::Float || x.scalar_type() == high.scalar_type()),
       "x must have the shape of high, in float32 or in the type of high");
 }
 

@@ -5,15 +5,21 @@ since they decide the chunks), targets int64 [tokens] in the whole vocabulary. R
 
     logsumexp_v(h . w_v) - h . w_target
 
+A target that is no word of any rank makes it NaN, and the gradients with it, rather than a plausible number; torch's
+-100 for tokens that don't count is such a target.
+
 The gradients are made in the forward pass, chunk by chunk, while the logits are there (the forward's GEMM
 is not repeated):
 
     d logits = softmax(logits) - onehot(target)      d hidden = d logits W      d W = d logits^T hidden
 
-They are kept unscaled, in [-1, 1] per token, and multiplied by grad_output / tokens in the backward pass, in place, so
-that fp16 does not lose them: there is one backward pass. With the vocabulary split over ranks, `maximum` and `total`
-reduce over them: three numbers a token cross the network, never a logit; d hidden is then a partial sum, completed by
-whoever split the vocabulary.
+They are multiplied by grad_output / tokens in the backward pass, in place: there is one backward pass, and no second
+derivative. Until then a loss scale can't help fp16, which has no number between 0 and 6e-8 and few digits below 6e-5,
+where most words' probabilities lie: in fp16 d logits are therefore multiplied by a power of two, which is divided out
+together with the tokens, in fp32. What needs no gradient (`requires_grad` false) is neither computed nor kept.
+
+With the vocabulary split over ranks, `maximum` and `total` reduce over them: four numbers a token cross the network,
+never a logit; d hidden is then a partial sum, completed by whoever split the vocabulary.
 
 The matrix products are torch's. Between them csrc/cross_entropy passes twice over a chunk of logits, in their type:
 
@@ -26,12 +32,14 @@ sum that becomes d W (see split_sum): 38 MB + 161 MB for GPT-2 1542M in bf16, 75
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.in_place import check_no_gradient, written
 from megagpt2.kernels.split_sum import split_sum_add_, split_sum_round_
 
 Reduce = Callable[[Tensor], Tensor]
@@ -42,6 +50,11 @@ _CHUNK_ELEMENTS = 18 << 20
 # Elements at a time of a matrix product in 16 bits that is on its way into d W, or of which torch makes an fp32 copy on
 # a CPU: 6 MB there. A GPU gets a product worth starting, 17 MB in fp32: its L2 cache still has it when it is added.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 22
+# What d logits are multiplied by in fp16: its normal numbers then begin at a probability of 6e-8, its least at 6e-11. A
+# loss scale S over T tokens multiplies plain torch's by S / T, 64 for 2**16 over 1024. d hidden is d logits W in fp16:
+# the absolute values of a token's d logits add up to at most 2 x 2**10, so that no order of adding passes fp16's
+# largest number, 65504, while every |weight| is below 31. Words' vectors begin at 0.02 and stay far from that.
+_HALF_FACTOR = 2.0**10
 
 
 def identity(x: Tensor) -> Tensor:
@@ -70,27 +83,30 @@ def cross_entropy_statistics(logits: Tensor, targets: Tensor, first: int, words:
 
 
 def cross_entropy_gradient_reference_(
-    logits: Tensor, targets: Tensor, maximum: Tensor, normalizer: Tensor, first: int, words: int
+    logits: Tensor, targets: Tensor, maximum: Tensor, normalizer: Tensor, first: int, words: int, factor: float = 1.0
 ) -> None:
     """`cross_entropy_gradient_` in plain torch: on any device, and in float64 for float64."""
     local, mine = _local(targets, first, words)
     gradient = (_exact(logits) - maximum[:, None]).exp_() / normalizer[:, None]
     gradient.scatter_add_(1, local[:, None], -mine[:, None].to(gradient.dtype))
     gradient[:, words:] = 0.0
-    logits.copy_(gradient)
+    logits.copy_(gradient.mul_(factor))
 
 
 def cross_entropy_gradient_(
-    logits: Tensor, targets: Tensor, maximum: Tensor, normalizer: Tensor, first: int, words: int
+    logits: Tensor, targets: Tensor, maximum: Tensor, normalizer: Tensor, first: int, words: int, factor: float = 1.0
 ) -> None:
-    """Replace logits [n, rows], contiguous, by softmax - onehot(target), in their type; 0 in the padding.
+    """Replace logits [n, rows], contiguous, by factor * (softmax - onehot(target)), in their type; 0 in the padding.
 
     maximum and normalizer: fp32 [n], the largest logit and the sum of exp(logit - maximum) over the whole vocabulary.
+    Raises ValueError for tensors that require a gradient: there is none.
     """
+    check_no_gradient(logits=logits, maximum=maximum, normalizer=normalizer)
     if EXTENSION.serves(logits, targets, maximum, normalizer):
-        torch.ops.megagpt2.cross_entropy_gradient_(logits, targets, maximum, normalizer, first, words)
+        torch.ops.megagpt2.cross_entropy_gradient_(logits, targets, maximum, normalizer, first, words, factor)
+        written(logits)
     else:
-        cross_entropy_gradient_reference_(logits, targets, maximum, normalizer, first, words)
+        cross_entropy_gradient_reference_(logits, targets, maximum, normalizer, first, words, factor)
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -134,7 +150,11 @@ def _losses(
     peak, sums, target = cross_entropy_statistics(logits, targets, first, words)
     largest = maximum(peak)  # finite: some rank has a word
     _, mine = _local(targets, first, words)
-    normalizer, target = total(torch.stack((sums * (peak - largest).exp(), torch.where(mine, target - largest, 0.0))))
+    normalizer, target, owners = total(torch.stack(
+        (sums * (peak - largest).exp(), torch.where(mine, target - largest, 0.0), mine.to(sums.dtype))
+    ))
+    # A target that nobody owns would look like the likeliest word, at a distance of 0 from the maximum.
+    normalizer = torch.where(owners == 1, normalizer, math.nan)
     return normalizer.log() - target, largest, normalizer
 
 
@@ -143,9 +163,23 @@ def _add_product(d_weight: Tensor, low: Tensor | None, d_logits: Tensor, hidden:
     if low is None:
         d_weight.addmm_(d_logits.T, hidden)
         return
-    wide = {"out_dtype": torch.float32} if hidden.is_cuda else {}  # a CPU's product is rounded to 16 bits
     for block in _blocks(*d_weight.shape, hidden.device):
-        split_sum_add_(d_weight[block], low[block], torch.mm(d_logits[:, block].T, hidden, **wide))
+        split_sum_add_(d_weight[block], low[block], _product(d_logits[:, block], hidden))
+
+
+def _product(d_logits: Tensor, hidden: Tensor) -> Tensor:
+    """d logits^T hidden, [rows, width], of a block in 16 bits: in fp32, except that of bf16 on a CPU, in bf16."""
+    if hidden.is_cuda:
+        return torch.mm(d_logits.T, hidden, out_dtype=torch.float32)
+    if hidden.dtype == torch.bfloat16:  # which has fp32's range, and processors with instructions for it
+        return torch.mm(d_logits.T, hidden)
+    # fp16 has no room for a sum over thousands of tokens: a frequent word's passes 65504. So many tokens at a time that
+    # the fp32 copies are no larger than a block.
+    step = max(1, _CPU_BLOCK // max(1, d_logits.shape[1], hidden.shape[1]))
+    product = hidden.new_zeros((d_logits.shape[1], hidden.shape[1]), dtype=torch.float32)
+    for d, h in zip(d_logits.split(step), hidden.split(step), strict=True):
+        product.addmm_(d.float().T, h.float())
+    return product
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, words: int) -> None:
@@ -156,6 +190,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, words: int) -> None:
         )
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets are {list(targets.shape)} {targets.dtype}: give int64 [{len(hidden)}]")
+    if not len(weight):
+        raise ValueError(f"weight is {list(weight.shape)}: give at least one row, of padding where a rank has no word")
     if not 0 <= words <= len(weight):
         raise ValueError(f"rows is {words}: it must be in [0, {len(weight)}], the rows of weight")
 
@@ -164,7 +200,7 @@ def token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, first: int, rows: int,
     maximum: Reduce = identity, total: Reduce = identity,
 ) -> Tensor:
-    """Loss of every token, fp32 [tokens], without gradients: for evaluation."""
+    """Loss of every token, fp32 [tokens], without gradients: for evaluation. NaN where no rank has the target."""
     _check(hidden, weight, targets, rows)
     step = _tokens_at_a_time(len(hidden), len(weight))
     with torch.no_grad():
@@ -178,35 +214,68 @@ def token_losses(
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, first, rows, maximum, total):
-        step = _tokens_at_a_time(len(hidden), len(weight))
-        d_hidden, d_weight = hidden.new_empty(hidden.shape), weight.new_zeros(weight.shape)
-        low = weight.new_zeros(weight.shape, dtype=torch.int16) if weight.element_size() == 2 else None
+        ctx.step, ctx.tokens, ctx.spent = _tokens_at_a_time(len(hidden), len(weight)), len(hidden), False
+        ctx.factor = _HALF_FACTOR if hidden.dtype == torch.float16 else 1.0
+        d_hidden, d_weight, low = _gradients(hidden, weight, *ctx.needs_input_grad[:2])
         loss = _exact(hidden.new_zeros(()))
-        space = hidden.new_empty(step, len(weight))
-        for h, d_h, t in zip(hidden.split(step), d_hidden.split(step), targets.split(step), strict=True):
+        space = hidden.new_empty(ctx.step, len(weight))
+        parts = hidden.split(ctx.step)
+        d_parts = [None] * len(parts) if d_hidden is None else d_hidden.split(ctx.step)
+        for h, d_h, t in zip(parts, d_parts, targets.split(ctx.step), strict=True):
             logits = _logits(h, weight, space)  # [n, rows]
             losses, largest, normalizer = _losses(logits, t, first, rows, maximum, total)
             loss += losses.sum()
-            cross_entropy_gradient_(logits, t, largest, normalizer, first, rows)
-            torch.mm(logits, weight, out=d_h)
-            _add_product(d_weight, low, logits, h)
+            cross_entropy_gradient_(logits, t, largest, normalizer, first, rows, ctx.factor)
+            if d_h is not None:
+                torch.mm(logits, weight, out=d_h)
+            if d_weight is not None:
+                _add_product(d_weight, low, logits, h)
         ctx.save_for_backward(d_hidden, d_weight, low)
-        ctx.step = step
         return loss / len(hidden)
 
     @staticmethod
     def backward(ctx, grad_output):
-        d_hidden, d_weight, low = ctx.saved_tensors  # once they are scaled, autograd refuses to give them again
-        scale = grad_output / len(d_hidden)
-        if d_hidden.dtype == torch.float64:  # of gradcheck, which goes backward more than once
-            return d_hidden * scale, d_weight * scale, *[None] * 5
-        if low is None:
-            return d_hidden.mul_(scale), d_weight.mul_(scale), *[None] * 5
-        # Multiplied in the loss's precision: a factor rounded to bf16 would scale the whole network's gradient.
-        for piece in d_hidden.split(ctx.step):
-            piece.copy_(piece.float() * scale)
-        split_sum_round_(d_weight, low, scale)
+        # torch's once_differentiable only notices a grad_output that has a gradient. These gradients depend on hidden
+        # and weight too, which aren't kept: a second derivative would be silently zero, so it is refused at once.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("head_cross_entropy has no second derivative: go backward without create_graph")
+        if ctx.spent:  # what is saved may be a copy of what was scaled: autograd's own check wouldn't see it
+            raise RuntimeError(
+                "this is the second backward pass through head_cross_entropy, and the first has scaled its gradients "
+                "in place: compute the loss again, or ask for all gradients at once"
+            )
+        d_hidden, d_weight, low = ctx.saved_tensors
+        scale = grad_output / (ctx.tokens * ctx.factor)
+        if grad_output.dtype == torch.float64:  # of gradcheck, which goes backward more than once
+            return *[None if x is None else x * scale for x in (d_hidden, d_weight)], *[None] * 5
+        ctx.spent = True
+        if d_hidden is not None:
+            _scale_(d_hidden, scale, ctx.step)
+        if low is not None:
+            split_sum_round_(d_weight, low, scale)
+        elif d_weight is not None:
+            d_weight.mul_(scale)
         return d_hidden, d_weight, *[None] * 5
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for d hidden, zeros for d weight and for the lower halves of its sum: None for what nobody wants."""
+    return (
+        hidden.new_empty(hidden.shape) if for_hidden else None,
+        weight.new_zeros(weight.shape) if for_weight else None,
+        weight.new_zeros(weight.shape, dtype=torch.int16) if for_weight and weight.element_size() == 2 else None,
+    )
+
+
+def _scale_(x: Tensor, scale: Tensor, step: int) -> None:
+    """x *= scale in scale's precision: a factor rounded to bf16 would scale the whole network's gradient."""
+    if x.dtype == scale.dtype:
+        x.mul_(scale)
+        return
+    for piece in x.split(step):
+        piece.copy_(piece.float() * scale)
 
 
 def head_cross_entropy(
@@ -216,7 +285,9 @@ def head_cross_entropy(
     """Mean cross-entropy of targets under softmax(hidden weight^T): a scalar, fp32, with gradients.
 
     first: number of the word in this rank's row 0; rows: how many of its rows are words (the rest is padding,
-    whose gradient is zero). Raises ValueError for shapes and types that don't fit.
+    whose gradient is zero). Raises ValueError for shapes and types that don't fit. A target that no rank has makes
+    loss and gradients NaN (torch's -100 is one: there are no tokens that don't count). A second backward pass raises
+    RuntimeError, and so does one with create_graph: there is no second derivative.
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return token_losses(hidden, weight, targets, first, rows, maximum, total).mean()
@@ -228,7 +299,7 @@ def _fake_statistics(logits, targets, first, words):
     return logits.new_empty((3, logits.shape[0]), dtype=torch.float32)
 
 
-def _fake_gradient(logits, targets, maximum, normalizer, first, words) -> None:
+def _fake_gradient(logits, targets, maximum, normalizer, first, words, factor=1.0) -> None:
     pass
 
 

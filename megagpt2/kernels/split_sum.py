@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.in_place import check_no_gradient, written
 
 
 def _joined(high: Tensor, low: Tensor) -> Tensor:
@@ -34,18 +35,33 @@ def split_sum_round_reference_(high: Tensor, low: Tensor, scale: Tensor) -> None
     high.copy_(_joined(high, low) * scale)
 
 
+def _check_shapes(high: Tensor, **others: Tensor) -> None:
+    for name, x in others.items():
+        if x.shape != high.shape:
+            raise ValueError(f"{name} is {list(x.shape)} and high {list(high.shape)}: give both of one shape")
+
+
 def split_sum_add_(high: Tensor, low: Tensor, x: Tensor) -> None:
-    """Add x (fp32, or of high's type) to the sum in high and low, which are contiguous."""
+    """Add x (fp32, or of high's type) to the sum in high and low, which are contiguous.
+
+    Raises ValueError for shapes that differ, and for tensors that require a gradient: there is none.
+    """
+    _check_shapes(high, low=low, x=x)
+    check_no_gradient(high=high, x=x)
     if EXTENSION.serves(high, low, x):
         torch.ops.megagpt2.split_sum_add_(high, low, x)
+        written(high, low)
     else:
         split_sum_add_reference_(high, low, x)
 
 
 def split_sum_round_(high: Tensor, low: Tensor, scale: Tensor) -> None:
-    """Replace high by its sum times scale (fp32, one element)."""
+    """Replace high by its sum times scale (fp32, one element). Raises ValueError as `split_sum_add_` does."""
+    _check_shapes(high, low=low)
+    check_no_gradient(high=high, scale=scale)
     if EXTENSION.serves(high, low, scale):
         torch.ops.megagpt2.split_sum_round_(high, low, scale)
+        written(high)
     else:
         split_sum_round_reference_(high, low, scale)
 

@@ -3,6 +3,8 @@ time; and what the head holds in memory (invariant I8)."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -50,9 +52,9 @@ def losses_of(statistics: Tensor) -> Tensor:
 
 @compiled
 @pytest.mark.parametrize("device", DEVICES)
-@given(chunks(), st.booleans())
+@given(chunks(), st.booleans(), st.sampled_from([1.0, 1024.0]))
 @settings(max_examples=120, deadline=None)
-def test_losses_and_gradients_are_as_exact_as_torchs(device, chunk, strided):
+def test_losses_and_gradients_are_as_exact_as_torchs(device, chunk, strided, factor):
     logits, targets, first, words = chunk
     logits, targets = logits.to(device), targets.to(device)
     given_logits = torch.stack([logits, logits], dim=-1)[..., 0] if strided else logits
@@ -69,10 +71,11 @@ def test_losses_and_gradients_are_as_exact_as_torchs(device, chunk, strided):
     )
     onehot = F.one_hot(local, words)
     found = logits.clone()
-    cross_entropy_gradient_(found, targets, statistics[0], statistics[1], first, words)
+    cross_entropy_gradient_(found, targets, statistics[0], statistics[1], first, words, factor)
     assert (found[:, words:] == 0).all()
-    expected = real.double().softmax(1) - onehot
-    assert_as_exact(found[:, :words], expected, (real.float().softmax(1) - onehot).to(logits.dtype), "gradient")
+    expected = factor * (real.double().softmax(1) - onehot)
+    torchs = (factor * (real.float().softmax(1) - onehot)).to(logits.dtype)
+    assert_as_exact(found[:, :words], expected, torchs, "gradient")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,6 +109,22 @@ def test_infinities_and_nans(device, operator):
     assert total[2].isnan() and total[3].isnan()
     empty = operator(logits, targets, 0, 0).cpu()
     assert (empty[0] == -infinity).all() and (empty[1:] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", [cross_entropy_gradient_, cross_entropy_gradient_reference_])
+def test_a_factor_of_two_to_the_tenth_is_exact(device, operator):
+    """In fp32 it changes exponents alone. In fp16 it keeps the digits of a probability of 1e-7: without, one bit."""
+    logits, targets = torch.randn(3, 1000, device=device), torch.tensor([5, 0, 999], device=device)
+    peak, total, _ = cross_entropy_statistics(logits, targets, 0, 1000)
+    once, scaled = logits.clone(), logits.clone()
+    operator(once, targets, peak, total, 0, 1000)
+    operator(scaled, targets, peak, total, 0, 1000, 1024.0)
+    assert torch.equal(scaled, 1024 * once)
+    rare = torch.tensor([[16.0, 0.0]], device=device).half()  # e**-16 = 1.125e-7
+    ones = torch.ones(1, device=device)
+    operator(rare, targets[1:2], 16 * ones, ones, 0, 2, 1024.0)
+    assert abs(rare[0, 1].item() / (1024 * math.exp(-16)) - 1) < 2**-11
 
 
 @compiled
@@ -143,7 +162,7 @@ def test_the_number_of_threads_decides_nothing():
 def test_opcheck():
     logits, targets, ones = torch.randn(3, 8).bfloat16(), torch.tensor([1, 5, 9]), torch.ones(3)
     torch.library.opcheck(torch.ops.megagpt2.cross_entropy_statistics.default, (logits, targets, 0, 7))
-    torch.library.opcheck(torch.ops.megagpt2.cross_entropy_gradient_.default, (logits, targets, ones, ones, 0, 7))
+    torch.library.opcheck(torch.ops.megagpt2.cross_entropy_gradient_.default, (logits, targets, ones, ones, 0, 7, 8.0))
 
 
 @compiled
@@ -179,6 +198,7 @@ def test_what_makes_no_sense_is_refused(changes, complaint):
         ({"targets": torch.zeros(2, dtype=torch.int64)}, r"give int64 \[3\]"),
         ({"targets": torch.zeros(3)}, r"give int64 \[3\]"),
         ({"rows": 9}, "rows is 9"),
+        ({"weight": torch.zeros(0, 4), "rows": 0}, r"weight is \[0, 4\]: give at least one row"),
     ],
     ids=str,
 )
@@ -200,12 +220,36 @@ def head(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_there_is_one_backward_pass(dtype):
-    """The gradients are scaled in place: going backward again raises, it gives no wrong numbers."""
+    """The gradients are scaled in place: going backward again raises, it gives no wrong numbers. Also where hooks keep
+    the saved tensors, which autograd then no longer watches."""
     hidden, weight, targets = head(dtype)
-    loss = head_cross_entropy(hidden, weight, targets, 0, 101)
-    loss.backward(retain_graph=True)
+    for hooks in (contextlib.nullcontext(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)):
+        with hooks:
+            loss = head_cross_entropy(hidden, weight, targets, 0, 101)
+        loss.backward(retain_graph=True)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="second backward pass"):
+                loss.backward()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_autograd_sees_what_is_overwritten(dtype):
+    """A backward pass that saved the logits raises; so does asking for a gradient that the operator doesn't have."""
+    targets, ones = torch.tensor([1, 2, 3]), torch.ones(3)
+    x = torch.randn(3, 8).to(dtype).requires_grad_()
+    y = x.exp()  # which its backward pass needs
+    cross_entropy_gradient_(y.detach(), targets, ones, ones, 0, 8)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        y.sum().backward()
+    before = x.detach().clone()
+    with pytest.raises(ValueError, match="logits requires a gradient"):
+        cross_entropy_gradient_(x, targets, ones, ones, 0, 8)
+    with pytest.raises(ValueError, match="normalizer requires a gradient"):
+        cross_entropy_gradient_(x.detach(), targets, ones, ones.clone().requires_grad_(), 0, 8)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        cross_entropy_gradient_(x, targets, ones, ones, 0, 8)
+    assert not torch.equal(x, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -71,7 +71,7 @@ def test_small_tensors_are_left_to_torch(name, monkeypatch):
     taken = []
     reference = getattr(module, f"{name}_reference")
     monkeypatch.setattr(module, f"{name}_reference", lambda *a, **k: taken.append(1) or reference(*a, **k))
-    for always, rows, expected in ((True, 1, 0), (False, 1, 1), (False, 1024, 0)):
+    for always, rows, expected in ((True, 1, 0), (False, 1, 1), (False, 2048, 0)):
         monkeypatch.setattr(module, "EXTENSION", dataclasses.replace(EXTENSION, always=always))
         operator = operator_of(name, rows, 768)
         operator.ours(*operator.inputs(torch.float32))

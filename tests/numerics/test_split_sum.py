@@ -14,7 +14,7 @@ from megagpt2.kernels.split_sum import (
     split_sum_round_,
     split_sum_round_reference_,
 )
-from tests.support.kernels import compiled
+from tests.support.kernels import assert_threads_decide_nothing, compiled
 
 HALVES = [torch.bfloat16, torch.float16]
 OPERATORS = [(split_sum_add_, split_sum_round_), (split_sum_add_reference_, split_sum_round_reference_)]
@@ -76,6 +76,46 @@ def test_infinities_and_nans_stay(dtype):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_number_of_threads_decides_nothing(dtype):
+    """200,001 elements: several threads' pieces, the last of which is no whole vector."""
+    xs = terms(3, [200_001], torch.float32, 0)
+    assert_threads_decide_nothing(lambda: [summed(split_sum_add_, split_sum_round_, xs, dtype, 0.3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # float64: the reference in plain torch
+def test_shapes_that_differ_are_named(dtype):
+    """As many elements in another shape, or fewer that could be repeated, are not added."""
+    high, low = torch.zeros(2, 3).bfloat16(), torch.zeros(2, 3, dtype=torch.int16)
+    for x in (torch.ones(3, 2), torch.ones(1, 3), torch.ones(6), torch.ones(1, 2, 3)):
+        with pytest.raises(ValueError, match=r"x is \[.*\] and high \[2, 3\]"):
+            split_sum_add_(high, low, x.to(dtype))
+    for call in (split_sum_add_, split_sum_round_):
+        with pytest.raises(ValueError, match=r"low is \[3, 2\] and high \[2, 3\]"):
+            call(high, low.view(3, 2), torch.ones(2, 3).to(dtype))
+    assert (high == 0).all() and (low == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("operator", [split_sum_add_, split_sum_round_])
+def test_autograd_sees_what_is_overwritten(operator, dtype):
+    """A backward pass that saved high raises; so does asking for a gradient that the operator doesn't have."""
+    leaf = torch.zeros(2, 3, dtype=dtype, requires_grad=True)
+    low, x = torch.ones(2, 3, dtype=torch.int16), torch.ones(2, 3) if operator is split_sum_add_ else torch.ones(())
+    high = leaf.exp()  # which its backward pass needs
+    before = low._version
+    operator(high.detach(), low, x)
+    assert (low._version > before) == (operator is split_sum_add_)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        high.sum().backward()
+    with pytest.raises(ValueError, match="high requires a gradient"):
+        operator(leaf, low, x)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        operator(leaf.detach(), low, x.clone().requires_grad_())
+    assert (leaf == 0).all()
+
+
+@compiled
 def test_opcheck():
     high, low = torch.zeros(5, 8, dtype=torch.bfloat16), torch.zeros(5, 8, dtype=torch.int16)
     for x in (torch.randn(5, 8), torch.randn(5, 8).bfloat16(), torch.randn(8, 5).T):
@@ -93,6 +133,8 @@ def test_opcheck():
         ({"high": torch.zeros(3, 2).bfloat16().T}, "contiguous"),
         ({"x": torch.zeros(2, 3).half()}, "in the type of high"),
         ({"x": torch.zeros(2, 4)}, "shape of high"),
+        ({"x": torch.zeros(3, 2)}, "shape of high"),
+        ({"low": torch.zeros(6, dtype=torch.int16)}, "shape of high"),
     ],
     ids=str,
 )

@@ -95,7 +95,7 @@ def test_selective_recomputation_sends_nothing_more(group, sent):
 
 def test_the_embedding_and_the_head(group, sent):
     """Forward the words' vectors are summed; backward the head's hidden gradient is. The loss reduces
-    its chunk's maxima, and then two sums at once."""
+    its chunk's maxima, and then three sums at once."""
     assert passes(group, sent, False, "none", 0, 1) == ({("all-reduce", WHOLE): 1}, {})
     sent.clear()
     assert passes(group, sent, False, "none", 5, 6) == ({("all-reduce", SMALL): 2}, {("all-reduce", WHOLE): 1})
