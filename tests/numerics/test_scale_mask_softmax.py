@@ -219,7 +219,7 @@ for dtype in (torch.float32, torch.bfloat16):
             found = forward(hidden[0], 0.5, True, None, *rest)
             assert torch.equal(found[0], y) and torch.equal(found[1], weights)
             assert torch.equal(backward(hidden[1], hidden[2], 0.5, True, *rest), dx)
-print("not read")
+print("not read", flush=True)
 import os
 os._exit(0)
 """
