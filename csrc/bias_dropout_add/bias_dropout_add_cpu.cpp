@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
   const DropoutArguments dropout = dropout_arguments(dz, samples, key0, key1, probability, start);
   const Tensor gradients = packed(dz);
   Tensor dx = samples ? empty_contiguous_like(dz) : empty(dz, {0});
-  SumsOverRows sums(rows, width, {MEGAGPT2_VARIANT(settle), MEGAGPT2_VARIANT(add_blocks)});
+  SumsOverRows sums(rows, width);
   with_type(dz.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(residual_backward_row<T>);

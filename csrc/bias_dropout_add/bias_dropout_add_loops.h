@@ -1,4 +1,3 @@
-// What bias_dropout_add does with a row, and the sums of rows.
+// What bias_dropout_add does with a row.
 
-#include "common/column_sums.h"
 #include "common/residual.h"

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor dy, Tensor x, Tensor bi
   check_vector(bias, width, x.scalar_type(), "bias");
   const Tensor inputs = packed(x), gradients = packed(dy), biases = as_floats(bias);
   Tensor dx = empty_contiguous_like(x);
-  SumsOverRows sums(rows, width, {MEGAGPT2_VARIANT(settle), MEGAGPT2_VARIANT(add_blocks)});
+  SumsOverRows sums(rows, width);
   with_type(x.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(bias_gelu_backward_rows<T>);

@@ -1,7 +1,5 @@
 // Rows of GELU with a bias, by the formulas of bias_gelu.h. x, y, dy, dx: [rows, width]; bias as floats. A NaN stays.
 
-#include "common/column_sums.h"
-
 static inline Float gelu(Float h) { return h / (1.0f + exponential(h * (kGeluA + kGeluB * (h * h)))); }
 
 static inline Float gelu_slope(Float h) {

@@ -12,19 +12,7 @@ namespace megagpt2 {
 
 class SumsOverRows {
  public:
-  // What column_sums.h has, for the instructions in use.
-  struct Loops {
-    void (*settle)(float* part, float* sum, float* rest, int64_t n);
-    void (*add_blocks)(float* sums, int64_t blocks, int64_t n);
-  };
-
-  SumsOverRows(int64_t rows, int64_t columns, Loops loops)
-      : rows_(rows),
-        columns_(columns),
-        step_(rows_per_block(rows)),
-        blocks_((rows + step_ - 1) / step_),
-        loops_(loops),
-        sums_(2 * blocks_ * columns) {}
+  SumsOverRows(int64_t rows, int64_t columns);
 
   // Calls add(task, row, count, part) on torch's threads for pieces of `count` rows from `row` on: it adds what they
   // are in each column to `part`. task: what make_task() gave the thread.
@@ -34,33 +22,26 @@ class SumsOverRows {
       auto task = make_task();
       Buffer<float> part(columns_);
       for (int64_t block = begin; block < end; ++block) {
-        float* sum = sums_.data() + 2 * block * columns_;
         const int64_t last = std::min(rows_, (block + 1) * step_);
         for (int64_t row = block * step_; row < last; row += kRowsTogether) {
           add(task, row, std::min(kRowsTogether, last - row), part.data());
-          loops_.settle(part.data(), sum, sum + columns_, columns_);
+          settle(part.data(), block);
         }
       }
     });
-    loops_.add_blocks(sums_.data(), blocks_, columns_);
+    add_blocks();
   }
 
   // After run(): the sums of columns first .. first + count - 1, as a vector of `like`'s type.
-  Tensor of(int64_t first, int64_t count, const Tensor& like) {
-    Tensor total = empty(like, {count}, ScalarType::Float);
-    float* to = mutable_data<float>(total);
-    if (blocks_ > 0) {
-      std::copy_n(sums_.data() + first, count, to);
-    } else {
-      std::fill_n(to, count, 0.0f);
-    }
-    return torch::stable::to(total, like.scalar_type());
-  }
+  Tensor of(int64_t first, int64_t count, const Tensor& like);
 
  private:
   static constexpr int64_t kRowsTogether = 16;
+
+  void settle(float* part, int64_t block);
+  void add_blocks();
+
   int64_t rows_, columns_, step_, blocks_;
-  Loops loops_;
   Buffer<float> sums_;
 };
 

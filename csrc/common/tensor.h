@@ -52,10 +52,15 @@ void with_type(ScalarType type, const Function& function) {
 // The values as contiguous floats.
 inline Tensor as_floats(const Tensor& x) { return packed(torch::stable::to(x, ScalarType::Float)); }
 
-inline void check_same(const Tensor& x, const Tensor& y, const char* names) {
-  bool same = x.dim() == y.dim() && x.scalar_type() == y.scalar_type();
+inline bool same_shape(const Tensor& x, const Tensor& y) {
+  bool same = x.dim() == y.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == y.size(i);
-  STD_TORCH_CHECK(same, names, " must have the same shape and type");
+  return same;
+}
+
+inline void check_same(const Tensor& x, const Tensor& y, const char* names) {
+  STD_TORCH_CHECK(
+      same_shape(x, y) && x.scalar_type() == y.scalar_type(), names, " must have the same shape and type");
 }
 
 inline void check_vector(const Tensor& x, int64_t width, ScalarType type, const char* name) {
@@ -88,13 +93,5 @@ inline Rows rows_of(const Tensor& x) {
 
 // Rows worth waking a thread for: 32,768 elements.
 inline int64_t rows_per_task(int64_t width) { return width >= 32768 ? 1 : 32768 / (width < 1 ? 1 : width); }
-
-// Sums over rows are made in blocks that depend on the shape alone, and the blocks are added in order: their bits
-// depend on neither the number of threads nor their timing.
-constexpr int64_t kMostBlocks = 64;
-inline int64_t rows_per_block(int64_t rows) {
-  const int64_t even = (rows + kMostBlocks - 1) / kMostBlocks;
-  return even < 8 ? 8 : even;
-}
 
 }  // namespace megagpt2

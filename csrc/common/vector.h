@@ -145,8 +145,8 @@ static inline void store(T* p, Float x, int64_t n) {
   put(p, part, n);
 }
 
-// Brings p[i] nearer, to be read or written soon, where i, in steps of vectors, is the first to reach its cache line. (A line is
-// read before a part of it is written.)
+// Brings p[i] nearer, to be read or written soon, where i, in steps of vectors, is the first to reach its cache line. (A
+// line is read before a part of it is written.)
 template <typename T>
 static inline void fetch(const T* p, int64_t i) {
   if (i * sizeof(T) % 64 == 0) __builtin_prefetch(p + i);

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   const Tensor residual = dz ? packed(*dz) : inputs;
   Tensor dx = empty_contiguous_like(x);
   const Tensor weights = as_floats(weight);
-  SumsOverRows sums(rows, 2 * width, {MEGAGPT2_VARIANT(settle), MEGAGPT2_VARIANT(add_blocks)});
+  SumsOverRows sums(rows, 2 * width);
   with_type(x.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(backward_rows<T>);

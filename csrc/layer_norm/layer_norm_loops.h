@@ -1,8 +1,6 @@
 // Rows of layer normalization. x, y, dy, dx: [rows, width]; weight and bias as floats; `buffer` holds 2 * width + 2 *
 // kWidth floats. Sums are made of four vectors at a time, so that additions need not wait for one another.
 
-#include "common/column_sums.h"
-
 // The mean of n floats, and the square root's inverse of their variance + epsilon. What the sum lost to rounding is what
 // the mean of the differences from it is: it counts where the values are far from zero and close to one another.
 static inline void moments(const float* row, Float total, int64_t n, float epsilon, float* mean, float* rstd) {

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
   const DropoutArguments dropout = dropout_arguments(z, samples, key0, key1, probability, start);
   const Tensor sums = packed(z), gradients = packed(dy), stream = dz ? packed(*dz) : sums, weights = as_floats(weight);
   Tensor d_residual = empty_contiguous_like(z), dx = samples ? empty_contiguous_like(z) : empty(z, {0});
-  SumsOverRows columns(rows, 3 * width, {MEGAGPT2_VARIANT(settle), MEGAGPT2_VARIANT(add_blocks)});
+  SumsOverRows columns(rows, 3 * width);
   with_type(z.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto normalize = MEGAGPT2_VARIANT(backward_rows<T>);

@@ -140,9 +140,9 @@ Scores scores_of(const Tensor& x, bool causal) {
 
 void check_mask(const Tensor& x, const std::optional<Tensor>& mask) {
   if (!mask) return;
-  bool fits = mask->scalar_type() == ScalarType::Bool && mask->dim() == x.dim() && mask->is_cuda() == x.is_cuda();
-  for (int64_t i = 0; fits && i < x.dim(); ++i) fits = mask->size(i) == x.size(i);
-  STD_TORCH_CHECK(fits, "the mask must be bool, of the scores' shape (expand it) and on their device");
+  STD_TORCH_CHECK(
+      mask->scalar_type() == ScalarType::Bool && same_shape(*mask, x) && mask->is_cuda() == x.is_cuda(),
+      "the mask must be bool, of the scores' shape (expand it) and on their device");
 }
 
 std::tuple<Tensor, Tensor> scale_mask_softmax_cpu(

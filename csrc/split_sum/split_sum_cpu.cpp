@@ -10,12 +10,6 @@ namespace {
 
 constexpr int64_t kPerTask = 32768;  // what is worth waking a thread for
 
-bool same_shape(const Tensor& x, const Tensor& y) {
-  bool same = x.dim() == y.dim();
-  for (int64_t i = 0; same && i < x.dim(); ++i) same = x.size(i) == y.size(i);
-  return same;
-}
-
 }  // namespace
 
 void check_halves(const Tensor& high, const Tensor& low) {

@@ -308,7 +308,6 @@ def test_what_is_kept_for_the_gradient_are_the_weights_before_dropout(device):
 WORST_ERRORS = """
 import torch
 from functools import partial
-from pathlib import Path
 from megagpt2.kernels.scale_mask_softmax import WeightDropout, scale_mask_softmax, scale_mask_softmax_reference
 from tests.support.kernels import TYPES, with_gradients
 torch.manual_seed(0)

@@ -26,7 +26,7 @@ step() { # step NAME COMMAND...: its output in FOLDER/NAME.log, its end here
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || exit 2
 step build "$python" setup.py build_ext --inplace
-problem=$("$python" -c 'from megagpt2.kernels.extension import EXTENSION; print(EXTENSION.problem("cuda") or "")' | tail -1)
+problem=$("$python" -c 'from megagpt2.kernels.extension import EXTENSION; print(EXTENSION.problem_here("cuda") or "")' | tail -1)
 if [ -n "$problem" ]; then
 	echo "gpu.sh: $problem" >&2
 	exit 2
