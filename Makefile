@@ -7,7 +7,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nvme quickstart test test-slow test-cuda-build bench lint
+.PHONY: help setup setup-nvme quickstart test test-slow test-cuda bench lint
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -109,8 +109,8 @@ test-slow: setup ## the slow tests, and where there is a CUDA device the GPU tes
 	$(VENV_PYTHON) -m pytest $(ARGS) -m \
 		"$$($(VENV_PYTHON) -c 'import torch; print("slow or gpu" if torch.cuda.is_available() else "slow and not gpu")')"
 
-test-cuda-build: setup ## that the CUDA sources compile and spill no registers: needs nvcc, no GPU, some minutes
-	$(VENV_PYTHON) -m pytest $(ARGS) -m slow tests/unit/test_cuda_sources.py
+test-cuda: setup ## CUDA sources without a GPU: they compile, spill no registers, and are right run thread by thread
+	$(VENV_PYTHON) -m pytest $(ARGS) -m slow tests/unit/test_cuda_sources.py tests/unit/test_cuda_on_cpu.py
 
 bench: setup ## every benchmark of tools/bench, with tables here and JSON in build/bench
 	@set -e; for file in $(filter-out tools/bench/common.py,$(wildcard tools/bench/*.py)); do \

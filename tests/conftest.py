@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from hypothesis import settings
 
+from megagpt2.kernels.extension import EXTENSION
+from tests.support import cuda_kernels
 from tests.support.pool import Pool
 
 # Tests never depend on how long something takes: hypothesis' limit of 200 ms an example fails on a busy machine.
 settings.register_profile("megagpt2", deadline=None)
 settings.load_profile("megagpt2")
+
+if library := os.environ.get(cuda_kernels.ENVIRONMENT):
+    assert EXTENSION.compiled, EXTENSION.reason
+    torch.ops.load_library(library)
 
 
 @pytest.fixture(scope="session")

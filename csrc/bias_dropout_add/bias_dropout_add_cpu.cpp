@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/sums_over_rows.h"
-#include "dropout/row_words.h"
+#include "dropout/row_bits.h"
 
 #define MEGAGPT2_LOOPS "bias_dropout_add/bias_dropout_add_loops.h"
 #include "common/variants.h"
@@ -22,12 +22,12 @@ Tensor bias_dropout_add_cpu(
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(residual_row<T>);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
-      RowWords words(dropout.rows);
+      RowBits bits(dropout.rows);
       for (int64_t row = begin; row < end; ++row) {
         const T *inputs = data<T>(from) + row * width, *skip = data<T>(stream) + row * width;
         T* sums = mutable_data<T>(z) + row * width;
-        words.for_each_piece(
-            row, width, {inputs, skip, sums}, [&](int64_t at, const uint32_t* drawn, int64_t n) {
+        bits.for_each_piece(
+            row, width, {inputs, skip, sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
               forward(
                   inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
                   sums + at, n);
@@ -48,12 +48,12 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
   with_type(dz.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(residual_backward_row<T>);
-    const auto make_words = [&] { return RowWords(dropout.rows); };
-    sums.run(make_words, [&](RowWords& words, int64_t first, int64_t count, float* d_bias) {
+    const auto make_bits = [&] { return RowBits(dropout.rows); };
+    sums.run(make_bits, [&](RowBits& bits, int64_t first, int64_t count, float* d_bias) {
       for (int64_t row = first; row < first + count; ++row) {
         const T* from = data<T>(gradients) + row * width;
         T* to = samples ? mutable_data<T>(dx) + row * width : nullptr;
-        words.for_each_piece(row, width, {from, to}, [&](int64_t at, const uint32_t* drawn, int64_t n) {
+        bits.for_each_piece(row, width, {from, to}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
           backward(
               from + at, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? to + at : nullptr, d_bias + at, n);
         });

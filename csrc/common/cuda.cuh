@@ -92,6 +92,21 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
   const int lane = threadIdx.x % kWarp;
   return warp_sum(lane < (blockDim.x + kWarp - 1) / kWarp ? shared[lane] : 0.0f);
 }
+// Two sums at a time, for one barrier; `shared` has two such pieces.
+struct Two {
+  float first, second;
+};
+__device__ __forceinline__ Two block_sum(Two x, float (*shared)[kWarp]) {
+  x = {warp_sum(x.first), warp_sum(x.second)};
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  if (lane == 0) {
+    shared[0][warp] = x.first;
+    shared[1][warp] = x.second;
+  }
+  __syncthreads();
+  const bool there = lane < (blockDim.x + kWarp - 1) / kWarp;
+  return {warp_sum(there ? shared[0][lane] : 0.0f), warp_sum(there ? shared[1][lane] : 0.0f)};
+}
 __device__ __forceinline__ float block_max(float x, float* shared) {
   x = warp_max(x);
   if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;

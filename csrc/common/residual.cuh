@@ -2,40 +2,17 @@
 #pragma once
 
 #include "common/cuda.cuh"
-#include "dropout/row_dropout.h"
+#include "dropout/row_dropout.cuh"
 
 namespace megagpt2 {
-
-// The words of V elements of a sample, from `element` on. Where that is no multiple of 4 they begin within a counter.
-template <int V>
-__device__ __forceinline__ void draw(uint64_t element, uint64_t sample, Key key, uint32_t (&words)[V + 3]) {
-  constexpr int kBlocks = (V + 3) / 4;  // + 1 where the words begin within a counter and don't end in it
-  const int skip = static_cast<int>(element % 4);
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    const Words drawn = philox(element / 4 + block, sample, key);
-#pragma unroll
-    for (int word = 0; word < 4; ++word) words[4 * block + word] = drawn.w[word];
-  }
-  if (skip + V > 4 * kBlocks) {
-    const Words drawn = philox(element / 4 + kBlocks, sample, key);
-#pragma unroll
-    for (int word = 0; 4 * kBlocks + word < V + 3; ++word) words[4 * kBlocks + word] = drawn.w[word];
-  }
-  // Moves by 2 and by 1, each a choice: an index that depends on `skip` would send the words to memory.
-#pragma unroll
-  for (int i = 0; i + 2 < V + 3; ++i) words[i] = skip & 2 ? words[i + 2] : words[i];
-#pragma unroll
-  for (int i = 0; i + 1 < V + 3; ++i) words[i] = skip & 1 ? words[i + 1] : words[i];
-}
 
 // x[v] of the elements from (row, column) on, dropped.
 template <int V>
 __device__ __forceinline__ void drop(const RowDropout& dropout, int64_t row, int64_t column, float (&x)[V]) {
-  uint32_t words[V + 3];
-  draw<V>(dropout.first_element(row) + column, dropout.sample(row), dropout.key, words);
+  const uint64_t first = dropout.first_element(row) + column;
+  const unsigned bits = kept_bits<V>(first, dropout.sample(row), dropout.key, dropout.threshold);
 #pragma unroll
-  for (int v = 0; v < V; ++v) x[v] = words[v] >= dropout.threshold ? x[v] * dropout.scale : 0.0f;
+  for (int v = 0; v < V; ++v) x[v] = bits >> v & 1u ? x[v] * dropout.scale : 0.0f;
 }
 
 // bias: of these columns, or null.

@@ -10,7 +10,6 @@ typedef int32_t Int __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Word __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Short __attribute__((vector_size(2 * kWidth)));
 typedef float AnyFloat __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
-typedef uint32_t AnyWord __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint16_t AnyShort __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
 typedef uint8_t AnyByte __attribute__((vector_size(kWidth), aligned(1), may_alias));
 
@@ -152,11 +151,12 @@ static inline void fetch(const T* p, int64_t i) {
   if (i * sizeof(T) % 64 == 0) __builtin_prefetch(p + i);
 }
 
-static inline Word load_words(const uint32_t* p) { return *(const AnyWord*)p; }
-static inline Word load_words(const uint32_t* p, int64_t n) {
-  uint32_t part[kWidth];
+// The 16 random bits of each element.
+static inline Word load_drawn(const uint16_t* p) { return widen(p); }
+static inline Word load_drawn(const uint16_t* p, int64_t n) {
+  uint16_t part[kWidth];
   take(part, p, n);
-  return load_words(part);
+  return load_drawn(part);
 }
 
 // Which of kWidth bools are true, as `choose` takes it.
@@ -206,13 +206,19 @@ static inline Float exponential(Float x) {
   return choose(x != x, x, limited);
 }
 
-// The same for x <= 0, or hardly above, in fewer instructions; 0 below -86.9.
-static inline Float decay(Float x) {
+// 2^x to 1 unit in the last place, for x <= 0 or hardly above; 0 below -126.4. A NaN stays. x = n + r, |r| <= 1/2, and 2^r
+// by the polynomial of least relative error whose constant is 1.
+static inline Float power_of_two(Float x) {
   const Float shift = all(0x1.8p23f + 127.0f);  // the low bits are 127 + n: 2^n, moved to where the exponent is
-  const Float clamped = greater(all(-86.9f), x);
-  const Float scaled = clamped * 1.44269504088896341f + shift;
-  const Float n = scaled - shift;
-  const Float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  const Float result = small_exponential(r) * floats(bits(scaled) << 23);
-  return choose(x < -86.9f, Float{}, result);
+  const Float clamped = greater(all(-126.4f), x);
+  const Float scaled = clamped + shift;
+  const Float r = clamped - (scaled - shift);
+  Float p = all(1.55946778e-4f);
+  p = p * r + 1.34066434e-3f;
+  p = p * r + 9.61769279e-3f;
+  p = p * r + 5.55031039e-2f;
+  p = p * r + 2.40226522e-1f;
+  p = p * r + 6.93147242e-1f;
+  p = p * r + 1.0f;
+  return choose(x < -126.4f, Float{}, p * floats(bits(scaled) << 23));
 }

@@ -1,13 +1,30 @@
-// Dropout whose mask is drawn tile by tile, never stored: y = x / (1 - p) where the element's bits are at least
-// p * 2**32, else 0. The gradient is the same operator on the gradient. megagpt2/kernels/dropout.py is the reference.
+// Dropout whose mask is drawn tile by tile, never stored: y = x * scale where the element's 16 bits are at least a
+// threshold, else 0. The gradient is the same operator on the gradient. megagpt2/kernels/dropout.py is the reference.
+//
+// Two elements share a random word, the even one its low half: element e of a sample has the bits of element e / 2 in
+// philox/philox.h, so that a counter serves eight.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "common/tensor.h"
 #include "philox/arguments.h"
 
 namespace megagpt2 {
+
+constexpr int kKeptPerCounter = 8;
+
+// p, rounded to 2**-16, as the reference rounds it: what is kept keeps its expectation exactly.
+struct Kept {
+  uint32_t threshold;
+  double scale;
+};
+inline Kept kept(double probability) {
+  const double rounded = std::min(std::floor(probability * 65536.0 + 0.5), 65535.0);
+  return {static_cast<uint32_t>(rounded), 65536.0 / (65536.0 - rounded)};
+}
 
 // Throws std::runtime_error unless these are arguments of a dropout of x [batch, ...].
 inline void check_dropout(const Tensor& x, const Tensor& samples, double probability, int64_t start) {

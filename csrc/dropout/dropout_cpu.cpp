@@ -14,14 +14,14 @@ template <typename T>
 void drop(
     const Tensor& x, const Tensor& y, const Tensor& samples, int64_t start, Key key, double probability) {
   const auto keep = MEGAGPT2_VARIANT(keep_tile<T>);
-  const uint32_t threshold = dropout_threshold(probability);
-  const double scale = 1.0 / (1.0 - probability);
+  const auto [threshold, scale] = kept(probability);
   const T* source = data<T>(x);
   T* target = mutable_data<T>(y);
   const int64_t batch = x.size(0), count = batch == 0 ? 0 : x.numel() / batch;
-  for_each_tile(
-      data<int64_t>(samples), batch, start, count, key, [=](int64_t offset, const uint32_t* words, int64_t n) {
-        keep(source + offset, target + offset, words, n, threshold, scale);
+  for_each_tile<uint16_t>(
+      data<int64_t>(samples), batch, start, count, key,
+      [=, threshold = threshold, scale = scale](int64_t offset, const uint16_t* drawn, int64_t n) {
+        keep(source + offset, target + offset, drawn, n, threshold, scale);
       });
 }
 

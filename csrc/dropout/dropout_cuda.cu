@@ -1,5 +1,6 @@
 #include "dropout/dropout.h"
 
+#include "dropout/row_dropout.cuh"
 #include "philox/philox.cuh"
 
 namespace megagpt2 {
@@ -19,26 +20,29 @@ template <typename T>
 struct Drop {
   const T* x;
   T* y;
-  uint32_t threshold;
-  double scale;
+  Key key;
+  Kept kept;
 
+  // A group's elements share a counter.
   __device__ __forceinline__ void operator()(
-      int64_t offset, const uint32_t (&words)[kGroup], int begin, int end) const {
+      uint64_t group, uint64_t sample, int64_t offset, int begin, int end) const {
+    static_assert(kGroup == kKeptPerCounter);
     constexpr int V = kPackOf<T>;
+    const unsigned bits = kept_bits<kGroup>(group * kGroup, sample, key, kept.threshold);
     const bool whole = begin == 0 && end == kGroup;
     if (whole && (reinterpret_cast<uintptr_t>(x + offset) | reinterpret_cast<uintptr_t>(y + offset)) % 16 == 0) {
 #pragma unroll
       for (int k = 0; k < kGroup; k += V) {
         Pack<T, V> part = load_pack<V>(x + offset + k);
 #pragma unroll
-        for (int v = 0; v < V; ++v) part.value[v] = words[k + v] >= threshold ? scaled(part.value[v], scale) : T{};
+        for (int v = 0; v < V; ++v) part.value[v] = bits >> (k + v) & 1u ? scaled(part.value[v], kept.scale) : T{};
         store_pack<V>(y + offset + k, part);
       }
       return;
     }
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      if (i >= begin && i < end) y[offset + i] = words[i] >= threshold ? scaled(x[offset + i], scale) : T{};
+      if (i >= begin && i < end) y[offset + i] = bits >> i & 1u ? scaled(x[offset + i], kept.scale) : T{};
     }
   }
 };
@@ -46,8 +50,8 @@ struct Drop {
 template <typename T>
 void drop(const Tensor& x, const Tensor& y, const Tensor& samples, int64_t start, Key key, double probability) {
   const int64_t batch = x.size(0), count = batch == 0 ? 0 : x.numel() / batch;
-  const Drop<T> use{data<T>(x), mutable_data<T>(y), dropout_threshold(probability), 1.0 / (1.0 - probability)};
-  launch_for_each_group(data<int64_t>(samples), batch, start, count, key, use, stream_of(x));
+  const Drop<T> use{data<T>(x), mutable_data<T>(y), key, kept(probability)};
+  launch_for_each_group(data<int64_t>(samples), batch, start, count, use, stream_of(x));
 }
 
 }  // namespace

@@ -18,8 +18,9 @@ DropoutArguments dropout_arguments(
   rows.start = start;
   rows.width = x.size(x.dim() - 1);
   rows.rows_per_sample = x.numel() == 0 ? 1 : x.numel() / (x.size(0) * rows.width);
-  rows.threshold = dropout_threshold(probability);
-  rows.scale = static_cast<float>(1.0 / (1.0 - probability));
+  const Kept rounded = kept(probability);
+  rows.threshold = rounded.threshold;
+  rows.scale = static_cast<float>(rounded.scale);
   return {numbers, rows};
 }
 

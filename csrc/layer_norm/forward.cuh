@@ -10,17 +10,32 @@ namespace megagpt2 {
 //
 //     warp per row      4 rows a block         up to 8 packs a lane
 //     block per row     256 threads            up to 4 packs a thread
-//                       kMostThreads           up to kMostPacks, as the source's need of registers allows
+//                       512                    up to 8: more threads would leave too few registers to dropout
 //     wider rows        1024 threads           x is read again for the variance and for y, from the L2 cache mostly
-constexpr int kRowsOfWarps = 4;
+constexpr int kRowsOfWarps = 4, kMostThreads = 512, kMostPacks = 8;
 
+// Over a row's block, or its warp: then nothing is shared.
 template <bool whole_block>
 __device__ __forceinline__ float row_sum(float x, float* shared) {
-  if constexpr (whole_block) {
-    return block_sum(x, shared);
-  } else {
-    return warp_sum(x);
-  }
+  if constexpr (whole_block) return block_sum(x, shared);
+  return warp_sum(x);
+}
+template <bool whole_block>
+__device__ __forceinline__ Two row_sum(Two x, float (*shared)[kWarp]) {
+  if constexpr (whole_block) return block_sum(x, shared);
+  return {warp_sum(x.first), warp_sum(x.second)};
+}
+
+struct Moments {
+  float mean, rstd;
+};
+
+// From a row's mean as it was summed and the sums of (x - mean) and of its square: what the mean lost to rounding is the
+// mean of the differences from it, which counts where values are far from zero and close to one another.
+__device__ __forceinline__ Moments moments_of(float mean, Two differences_and_squares, int64_t width, float epsilon) {
+  const float lost = differences_and_squares.first / width;
+  const float variance = differences_and_squares.second / width - lost * lost;
+  return {mean + lost, rsqrtf((variance < 0.0f ? 0.0f : variance) + epsilon)};
 }
 
 template <typename T, int V>
@@ -41,12 +56,12 @@ __global__ void __launch_bounds__(THREADS == kWarp ? kRowsOfWarps * kWarp : THRE
     Source source, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ y,
     float* __restrict__ means, float* __restrict__ rstds, int64_t rows, int width, float epsilon) {
   constexpr bool kWholeBlock = THREADS > kWarp;
-  __shared__ float shared[kWholeBlock ? 4 : 1][kWarp];
+  __shared__ float shared[kWholeBlock ? 6 : 3][kWarp];
   const int lane = kWholeBlock ? threadIdx.x : threadIdx.x % kWarp;
   const int64_t first = kWholeBlock ? blockIdx.x : int64_t{blockIdx.x} * kRowsOfWarps + threadIdx.x / kWarp;
   const int64_t step = kWholeBlock ? gridDim.x : int64_t{gridDim.x} * kRowsOfWarps;
   int turn = 0;  // successive sums use different pieces of shared memory
-  for (int64_t row = first; row < rows; row += step, turn ^= 2) {
+  for (int64_t row = first; row < rows; row += step, turn = kWholeBlock ? 3 - turn : 0) {
     Pack<T, V> part[PACKS];
     float sum = 0.0f;
 #pragma unroll
@@ -61,19 +76,20 @@ __global__ void __launch_bounds__(THREADS == kWarp ? kRowsOfWarps * kWarp : THRE
         for (int v = 0; v < V; ++v) sum += to_float(part[k].value[v]);
       }
     }
-    const float mean = row_sum<kWholeBlock>(sum, shared[kWholeBlock ? turn : 0]) / width;
-    float squares = 0.0f;
+    const float center = row_sum<kWholeBlock>(sum, shared[turn]) / width;
+    Two sums = {0.0f, 0.0f};
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
       if ((k * THREADS + lane) * V < width) {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const float d = to_float(part[k].value[v]) - mean;
-          squares += d * d;
+          const float d = to_float(part[k].value[v]) - center;
+          sums.first += d;
+          sums.second += d * d;
         }
       }
     }
-    const float rstd = rsqrtf(row_sum<kWholeBlock>(squares, shared[kWholeBlock ? turn + 1 : 0]) / width + epsilon);
+    const auto [mean, rstd] = moments_of(center, row_sum<kWholeBlock>(sums, shared + turn + 1), width, epsilon);
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
       const int column = (k * THREADS + lane) * V;
@@ -94,26 +110,28 @@ template <typename T, int V, typename Source>
 __global__ void __launch_bounds__(kWidest) forward_wide_rows(
     Source source, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ y,
     float* __restrict__ means, float* __restrict__ rstds, int64_t rows, int64_t width, float epsilon) {
-  __shared__ float shared[4][kWarp];
+  __shared__ float shared[6][kWarp];
   int turn = 0;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 2) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn = 3 - turn) {
     const T* from = source.values + row * width;
-    float sum = 0.0f, squares = 0.0f;
+    float sum = 0.0f;
     for (int64_t column = threadIdx.x * V; column < width; column += kWidest * V) {
       const Pack<T, V> part = source.template take<V>(row, column, row * width + column);
 #pragma unroll
       for (int v = 0; v < V; ++v) sum += to_float(part.value[v]);
     }
-    const float mean = block_sum(sum, shared[turn]) / width;
+    const float center = block_sum(sum, shared[turn]) / width;
+    Two sums = {0.0f, 0.0f};
     for (int64_t column = threadIdx.x * V; column < width; column += kWidest * V) {
       const Pack<T, V> part = load_pack<V>(from + column);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const float d = to_float(part.value[v]) - mean;
-        squares += d * d;
+        const float d = to_float(part.value[v]) - center;
+        sums.first += d;
+        sums.second += d * d;
       }
     }
-    const float rstd = rsqrtf(block_sum(squares, shared[turn + 1]) / width + epsilon);
+    const auto [mean, rstd] = moments_of(center, block_sum(sums, shared + turn + 1), width, epsilon);
     for (int64_t column = threadIdx.x * V; column < width; column += kWidest * V) {
       store_pack<V>(
           y + row * width + column,
@@ -149,8 +167,8 @@ void forward(
     launch(launch_forward<T, V, kWarp, 8, Source>);
   } else if (packs <= 4 * 256) {
     launch(launch_forward<T, V, 256, 4, Source>);
-  } else if (packs <= Source::kMostPacks * Source::kMostThreads) {
-    launch(launch_forward<T, V, Source::kMostThreads, Source::kMostPacks, Source>);
+  } else if (packs <= kMostPacks * kMostThreads) {
+    launch(launch_forward<T, V, kMostThreads, kMostPacks, Source>);
   } else {
     forward_wide_rows<T, V, Source><<<grid_of(rows), kWidest, 0, stream>>>(
         source, weight, bias, y, means, rstds, rows, width, epsilon);

@@ -9,7 +9,6 @@ namespace {
 // Rows to normalize that are there already.
 template <typename T>
 struct Given {
-  static constexpr int kMostThreads = 1024, kMostPacks = 4;
   const T* values;
 
   template <int V>
@@ -65,7 +64,8 @@ __global__ void __launch_bounds__(kBackwardThreads, PACKS == 1 ? 2 : 1) backward
         }
       }
     }
-    const float a = block_sum(sum, shared[turn]) / width, b = block_sum(product, shared[turn + 1]) / width;
+    const Two sums = block_sum(Two{sum, product}, shared + turn);
+    const float a = sums.first / width, b = sums.second / width;
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
       const int column = (k * blockDim.x + threadIdx.x) * V;
@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kWidest) backward_wide_rows(
         product += g * xhat;
       }
     }
-    const float a = block_sum(sum, shared[turn]) / width, b = block_sum(product, shared[turn + 1]) / width;
+    const Two sums = block_sum(Two{sum, product}, shared + turn);
+    const float a = sums.first / width, b = sums.second / width;
     for (int64_t column = threadIdx.x * V; column < width; column += kWidest * V) {
       const Pack<T, V> input = load_pack<V>(x + at + column), gradient = load_pack<V>(dy + at + column);
       const Pack<T, V> w = load_pack<V>(weight + column);

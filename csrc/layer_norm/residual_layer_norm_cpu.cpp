@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/sums_over_rows.h"
-#include "dropout/row_words.h"
+#include "dropout/row_bits.h"
 #include "layer_norm/layer_norm.h"
 
 #define MEGAGPT2_LOOPS "layer_norm/residual_layer_norm_loops.h"
@@ -27,12 +27,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
     const auto normalize = MEGAGPT2_VARIANT(forward_rows<T>);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
       Buffer<float> buffer = row_buffer(width);
-      RowWords words(dropout.rows);
+      RowBits bits(dropout.rows);
       for (int64_t row = begin; row < end; ++row) {
         const T *inputs = data<T>(from) + row * width, *skip = data<T>(stream) + row * width;
         T* sums = mutable_data<T>(z) + row * width;
-        words.for_each_piece(
-            row, width, {inputs, skip, sums}, [&](int64_t at, const uint32_t* drawn, int64_t n) {
+        bits.for_each_piece(
+            row, width, {inputs, skip, sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
               add(inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
                   sums + at, n);
             });
@@ -59,9 +59,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
     const auto add = MEGAGPT2_VARIANT(residual_backward_row<T>);
     struct Task {
       Buffer<float> buffer;
-      RowWords words;
+      RowBits bits;
     };
-    const auto make_task = [&] { return Task{row_buffer(width), RowWords(dropout.rows)}; };
+    const auto make_task = [&] { return Task{row_buffer(width), RowBits(dropout.rows)}; };
     columns.run(make_task, [&](Task& task, int64_t first, int64_t count, float* part) {
       for (int64_t row = first; row < first + count; ++row) {
         const int64_t at = row * width;
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
             data<T>(gradients) + at, data<T>(sums) + at, dz ? data<T>(stream) + at : nullptr, data<float>(mean) + row,
             data<float>(rstd) + row, data<float>(weights), to, part, part + width, 1, width, task.buffer.data());
         T* dropped = samples ? mutable_data<T>(dx) + at : nullptr;
-        task.words.for_each_piece(row, width, {dropped}, [&](int64_t i, const uint32_t* drawn, int64_t n) {
+        task.bits.for_each_piece(row, width, {dropped}, [&](int64_t i, const uint16_t* drawn, int64_t n) {
           add(to + i, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? dropped + i : nullptr,
               part + 2 * width + i, n);
         });

@@ -11,7 +11,6 @@ namespace {
 // Rows to normalize that are made, and stored, as they are taken.
 template <typename T>
 struct Summed {
-  static constexpr int kMostThreads = 512, kMostPacks = 8;
   const T *x, *bias, *residual;  // bias may be null
   RowDropout dropout;
   T* values;

@@ -46,9 +46,4 @@ MEGAGPT2_HOST_DEVICE Words philox(uint64_t block, uint64_t sample, Key key) {
   return {{c0, c1, c2, c3}};
 }
 
-// An element stays where its bits are at least this: int(p * 2**32) of the reference. p < 1, so it fits.
-MEGAGPT2_HOST_DEVICE uint32_t dropout_threshold(double probability) {
-  return static_cast<uint32_t>(probability * 4294967296.0);
-}
-
 }  // namespace megagpt2

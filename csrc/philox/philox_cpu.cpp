@@ -1,5 +1,7 @@
 #include "philox/philox_cpu.h"
 
+#include <cstring>
+
 #include <torch/csrc/stable/library.h>
 
 #include "common/instructions.h"
@@ -11,10 +13,10 @@
 namespace megagpt2 {
 namespace {
 
-void fill_portable(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
+void fill_portable(void* bits, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
   for (int64_t i = 0; i < blocks; ++i) {
     const Words drawn = philox(block + i, sample, key);
-    for (int word = 0; word < 4; ++word) words[4 * i + word] = drawn.w[word];
+    std::memcpy(static_cast<char*>(bits) + i * sizeof drawn, &drawn, sizeof drawn);
   }
 }
 
@@ -29,7 +31,7 @@ void fill_portable(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sam
 // In the end the words of a counter have to lie side by side. Unpacking pairs lanes 0, 2, 4, ... of two vectors into
 // one and lanes 1, 3, 5, ... into another, so with counters 0 4 1 5 2 6 3 7 in the lanes both come out in order.
 
-MEGAGPT2_AVX512 void fill_avx512(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
+MEGAGPT2_AVX512 void fill_avx512(void* bits, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
   const __m512i m0 = _mm512_set1_epi64(kPhiloxMultiplier0), m1 = _mm512_set1_epi64(kPhiloxMultiplier1);
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   for (int64_t i = 0; i < blocks; i += 8) {
@@ -51,12 +53,13 @@ MEGAGPT2_AVX512 void fill_avx512(uint32_t* words, uint64_t block, int64_t blocks
     constexpr __mmask16 upper_halves = 0xAAAA;
     const __m512i w01 = _mm512_mask_mov_epi32(c0, upper_halves, _mm512_slli_epi64(c1, 32));
     const __m512i w23 = _mm512_mask_mov_epi32(c2, upper_halves, _mm512_slli_epi64(c3, 32));
-    _mm512_storeu_si512(words + 4 * i, _mm512_unpacklo_epi64(w01, w23));
-    _mm512_storeu_si512(words + 4 * i + 16, _mm512_unpackhi_epi64(w01, w23));
+    auto* out = static_cast<__m512i*>(bits) + i / 4;
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(w01, w23));
+    _mm512_storeu_si512(out + 1, _mm512_unpackhi_epi64(w01, w23));
   }
 }
 
-MEGAGPT2_AVX2 void fill_avx2(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
+MEGAGPT2_AVX2 void fill_avx2(void* bits, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxMultiplier0), m1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
   const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
   for (int64_t i = 0; i < blocks; i += 4) {
@@ -77,7 +80,7 @@ MEGAGPT2_AVX2 void fill_avx2(uint32_t* words, uint64_t block, int64_t blocks, ui
     constexpr int upper_halves = 0xAA;
     const __m256i w01 = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), upper_halves);
     const __m256i w23 = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), upper_halves);
-    auto* out = reinterpret_cast<__m256i*>(words + 4 * i);
+    auto* out = static_cast<__m256i*>(bits) + i / 2;
     _mm256_storeu_si256(out, _mm256_unpacklo_epi64(w01, w23));
     _mm256_storeu_si256(out + 1, _mm256_unpackhi_epi64(w01, w23));
   }
@@ -86,15 +89,15 @@ MEGAGPT2_AVX2 void fill_avx2(uint32_t* words, uint64_t block, int64_t blocks, ui
 
 }  // namespace
 
-void fill_words(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
+void fill_bits(void* bits, uint64_t block, int64_t blocks, uint64_t sample, Key key) {
 #ifdef MEGAGPT2_X86
   switch (instructions()) {
-    case Instructions::avx512: return fill_avx512(words, block, blocks, sample, key);
-    case Instructions::avx2: return fill_avx2(words, block, blocks, sample, key);
+    case Instructions::avx512: return fill_avx512(bits, block, blocks, sample, key);
+    case Instructions::avx2: return fill_avx2(bits, block, blocks, sample, key);
     case Instructions::portable: break;
   }
 #endif
-  fill_portable(words, block, blocks, sample, key);
+  fill_portable(bits, block, blocks, sample, key);
 }
 
 Tensor random_bits_cpu(int64_t key0, int64_t key1, Tensor samples, int64_t start, int64_t count) {
@@ -102,7 +105,7 @@ Tensor random_bits_cpu(int64_t key0, int64_t key1, Tensor samples, int64_t start
   const Tensor rows = packed(samples);
   Tensor bits = empty(samples, {rows.numel(), count});
   int64_t* out = mutable_data<int64_t>(bits);
-  for_each_tile(
+  for_each_tile<uint32_t>(
       data<int64_t>(rows), rows.numel(), start, count, make_key(key0, key1),
       [out](int64_t offset, const uint32_t* words, int64_t n) { std::copy(words, words + n, out + offset); });
   return bits;

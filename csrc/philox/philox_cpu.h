@@ -11,35 +11,42 @@
 
 namespace megagpt2 {
 
-constexpr int64_t kTileBlocks = 64;     // counters, 1 KiB of words: small, so that loads overlap the next tile's rounds
-constexpr int64_t kTileWords = 4 * kTileBlocks;
-constexpr int64_t kTilesPerTask = 128;  // what is worth waking a thread for: 32,768 elements
+constexpr int64_t kTileBlocks = 64;     // counters, 1 KiB of bits: small, so that loads overlap the next tile's rounds
+constexpr int64_t kTilesPerTask = 128;  // what is worth waking a thread for: 32,768 words
 
-// Room for the words of this many counters: the last vector of fill_words may write past them.
-constexpr int64_t words_of_blocks(int64_t blocks) { return (blocks + 7) / 8 * 32; }
-static_assert(words_of_blocks(kTileBlocks) == kTileWords);
+// Random bits for one element each: words of 32 or, two in a word, of 16.
+template <typename Bits>
+constexpr int64_t kPerBlock = sizeof(Words) / sizeof(Bits);
 
-// words[0 .. 4 * blocks) of counters block, block + 1, ...: see words_of_blocks.
-void fill_words(uint32_t* words, uint64_t block, int64_t blocks, uint64_t sample, Key key);
+// Room for the bits of this many counters: the last vector of fill_bits may write past them.
+template <typename Bits>
+constexpr int64_t room_for_blocks(int64_t blocks) {
+  return (blocks + 7) / 8 * 8 * kPerBlock<Bits>;
+}
 
-// Calls tile(offset, words, n) for pieces that make up [0, batch * count): words are the bits of the n elements at
-// `offset` of a contiguous [batch, count], whose rows hold elements start, start + 1, ... of their samples.
-// Runs on torch's threads; which thread draws a tile decides nothing.
-template <typename Tile>
+// The words of the counters block, block + 1, ...: see room_for_blocks. As memory of 16-bit numbers a word begins with its
+// lower half, on all processors that torch knows.
+void fill_bits(void* bits, uint64_t block, int64_t blocks, uint64_t sample, Key key);
+
+// Calls tile(offset, bits, n) for pieces that make up [0, batch * count): bits are those of the n elements at `offset` of
+// a contiguous [batch, count], whose rows hold elements start, start + 1, ... of their samples. Runs on torch's threads;
+// which thread draws a tile decides nothing.
+template <typename Bits, typename Tile>
 void for_each_tile(const int64_t* samples, int64_t batch, int64_t start, int64_t count, Key key, const Tile& tile) {
   if (batch == 0 || count == 0) return;
   instructions();  // what it throws is lost on another thread
-  const int64_t first = start / 4, last = (start + count - 1) / 4 + 1;  // counters that cover a row
+  constexpr int64_t kPer = kPerBlock<Bits>;
+  const int64_t first = start / kPer, last = (start + count - 1) / kPer + 1;  // counters that cover a row
   const int64_t tiles = (last - first + kTileBlocks - 1) / kTileBlocks;
   torch::stable::parallel_for(0, batch * tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
-    alignas(64) uint32_t words[kTileWords];
+    alignas(64) Bits bits[room_for_blocks<Bits>(kTileBlocks)];
     for (int64_t number = begin; number < end; ++number) {
       const int64_t row = number / tiles, block = first + number % tiles * kTileBlocks;
       const int64_t blocks = std::min(kTileBlocks, last - block);
-      fill_words(words, block, blocks, static_cast<uint64_t>(samples[row]), key);
-      const int64_t skip = std::max<int64_t>(start - 4 * block, 0);  // of the first counter, before `start`
-      const int64_t n = std::min(4 * blocks, start + count - 4 * block) - skip;
-      tile(row * count + 4 * block + skip - start, words + skip, n);
+      fill_bits(bits, block, blocks, static_cast<uint64_t>(samples[row]), key);
+      const int64_t skip = std::max<int64_t>(start - kPer * block, 0);  // of the first counter, before `start`
+      const int64_t n = std::min(kPer * blocks, start + count - kPer * block) - skip;
+      tile(row * count + kPer * block + skip - start, bits + skip, n);
     }
   });
 }

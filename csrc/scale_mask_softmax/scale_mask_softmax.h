@@ -3,11 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <tuple>
 
 #include "common/tensor.h"
-#include "dropout/dropout.h"
+#include "dropout/row_dropout.h"
 #include "philox/philox.h"
 
 namespace megagpt2 {
@@ -34,12 +35,12 @@ struct Strides {
   MEGAGPT2_HOST_DEVICE int64_t row(int64_t b, int64_t h, int64_t q) const { return b * batch + h * head + q * query; }
 };
 
-// What is dropped of a row's visible elements, on the CPU: those with words below `threshold`; the others are
-// multiplied by `factor`. words: null where nothing is dropped.
+// What is dropped of a row's visible elements, on the CPU: those whose bits are below `threshold`; the others are
+// multiplied by `scale`. drawn: null where nothing is dropped.
 struct WeightDropout {
-  const uint32_t* words = nullptr;
+  const uint16_t* drawn = nullptr;
   uint32_t threshold = 0;
-  float factor = 1.0f;
+  float scale = 1.0f;
 };
 
 inline Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
@@ -49,11 +50,30 @@ inline Tensor with_packed_rows(const Tensor& x) {
   return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
 }
 
+// A weight is 2^(size * (sign * score - the row's largest sign * score)) over their sum.
+struct Exponent {
+  float sign, size;
+};
+inline Exponent exponent_of(double scale) {
+  // A scale of 0 is nearly 0, which gives the same: 0 times what stands for a hidden key, -infinity, would be NaN.
+  if (scale == 0.0) return {1.0f, std::numeric_limits<float>::denorm_min()};
+  const double sign = scale < 0.0 ? -1.0 : 1.0;
+  return {static_cast<float>(sign), static_cast<float>(scale * sign * 1.4426950408889634)};  // log2(e)
+}
+
 // The shape of x. Throws std::runtime_error unless it has four dimensions.
-Scores scores_of(const Tensor& x, bool causal);
+inline Scores scores_of(const Tensor& x, bool causal) {
+  STD_TORCH_CHECK(x.dim() == 4, "scores have ", x.dim(), " dimensions: they must be [batch, heads, query, key]");
+  return {x.size(0), x.size(1), x.size(2), x.size(3), causal};
+}
 
 // Throws std::runtime_error unless `mask` is bool, of x's shape, and where x is.
-void check_mask(const Tensor& x, const std::optional<Tensor>& mask);
+inline void check_mask(const Tensor& x, const std::optional<Tensor>& mask) {
+  if (!mask) return;
+  STD_TORCH_CHECK(
+      mask->scalar_type() == ScalarType::Bool && same_shape(*mask, x) && mask->is_cuda() == x.is_cuda(),
+      "the mask must be bool, of the scores' shape (expand it) and on their device");
+}
 
 // scores [batch, heads, query, key] of any strides; mask bool of the same shape, true where a key is hidden, or none;
 // samples int64 [batch], or nothing where nothing is dropped -> (y, weights), contiguous, of scores' type. weights:

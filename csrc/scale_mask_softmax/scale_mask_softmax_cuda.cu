@@ -1,12 +1,14 @@
 #include "scale_mask_softmax/scale_mask_softmax.h"
 
 #include "common/cuda.cuh"
+#include "dropout/row_dropout.cuh"
 
 namespace megagpt2 {
 namespace {
 
 // A row belongs to a warp, or to a whole block where it is long. Each thread keeps its PACKS packs in registers from
-// the one read on, as scores times scale / log 2: exp2 is what the hardware has.
+// the one read on, as scores times the scale's sign. The largest is subtracted before they are multiplied by the rest of
+// the scale, over log 2 as exp2 is what the hardware has: so that large scores lose nothing to rounding.
 //
 //     warp per row      4 rows a block         up to 4 packs a lane: 1024 keys of 16 bits
 //     block per row     256 or 512 threads     up to 4 packs a thread: 16,384 keys of 16 bits
@@ -15,34 +17,13 @@ namespace {
 // Packs are read up to the last visible key: its pack may hold hidden ones, which are not used.
 constexpr int kRowsOfWarps = 4;
 constexpr int kWidest = 512;  // threads: with more, dropout would not find its registers
-constexpr float kLog2E = 1.44269504088896341f;
 
-// The mask of dropout, the same as on the CPU. samples: null where nothing is dropped.
-struct Dropout {
-  const int64_t* samples;
-  Key key;
-  uint32_t threshold;
-  float factor;
-  int64_t start;
-
-  // Bit v: whether element `offset` + v of sample b stays.
-  template <int V>
-  __device__ __forceinline__ unsigned kept(int64_t b, int64_t offset) const {
-    const uint64_t first = static_cast<uint64_t>(start + offset), sample = static_cast<uint64_t>(samples[b]);
-    const int skip = static_cast<int>(first % 4);
-    unsigned bits = 0;
-#pragma unroll
-    for (int block = 0; block < (V + 6) / 4; ++block) {  // counters that V elements can touch
-      if (4 * block >= skip + V) break;
-      const Words words = philox(first / 4 + block, sample, key);
-#pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        bits |= static_cast<unsigned>(words.w[word] >= threshold) << (4 * block + word);
-      }
-    }
-    return bits >> skip;
-  }
-};
+// Bit v: whether element `offset` + v of sample b stays.
+template <int V>
+__device__ __forceinline__ unsigned stay(const RowDropout& dropout, int64_t b, int64_t offset) {
+  const auto first = static_cast<uint64_t>(dropout.start + offset), sample = static_cast<uint64_t>(dropout.samples[b]);
+  return kept_bits<V>(first, sample, dropout.key, dropout.threshold);
+}
 
 // A row of a tensor, and the place of its first element in the sample.
 struct Row {
@@ -83,8 +64,8 @@ struct Forward {
   const bool* mask;  // or null
   T *y, *weights;
   Strides from, masks;
-  float scale;  // over log 2
-  Dropout dropout;
+  Exponent exponent;
+  RowDropout dropout;
 
   // Bit v: whether the row sees key column + v.
   template <int V, bool PLAIN>
@@ -110,13 +91,17 @@ struct Forward {
   }
 
   template <int V, bool PLAIN>
-  __device__ __forceinline__ void scaled(const Row& row, int64_t column, const Pack<T, V>& x, float (&z)[V]) const {
+  __device__ __forceinline__ void signed_scores(
+      const Row& row, int64_t column, const Pack<T, V>& x, float (&z)[V]) const {
     const unsigned bits = visible<V, PLAIN>(row, column);
 #pragma unroll
-    for (int v = 0; v < V; ++v) z[v] = bits >> v & 1u ? __fmul_rn(to_float(x.value[v]), scale) : -INFINITY;
+    for (int v = 0; v < V; ++v) z[v] = bits >> v & 1u ? to_float(x.value[v]) * exponent.sign : -INFINITY;
   }
 
-  // Writes V weights, from e = exp2(z - most) where there is a visible key. Hidden ones among these are 0 in e, but for
+  // 0 for a hidden key, whose z is -infinity, where another one is larger.
+  __device__ __forceinline__ float exponential(float z, float most) const { return exp2f((z - most) * exponent.size); }
+
+  // Writes V weights, from their exponentials e where there is a visible key. Hidden ones among these are 0 in e, but for
   // a row whose weights are not finite, or that sees nothing: then they are asked for again.
   template <int V, bool PLAIN>
   __device__ __forceinline__ void write(
@@ -125,12 +110,12 @@ struct Forward {
     const bool trusted = inverse > 0.0f && inverse < INFINITY;
     const unsigned bits = column >= row.n ? 0u : trusted ? ~0u : visible<V, PLAIN>(row, column);
     const unsigned kept =
-        !PLAIN && dropout.samples && column < row.n ? dropout.kept<V>(row.b, row.offset + column) : 0u;
+        !PLAIN && dropout.samples && column < row.n ? stay<V>(dropout, row.b, row.offset + column) : 0u;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const float weight = bits >> v & 1u ? e[v] * inverse : 0.0f;
       p.value[v] = from_float<T>(weight);
-      if constexpr (!PLAIN) dropped.value[v] = from_float<T>(kept >> v & 1u ? weight * dropout.factor : 0.0f);
+      if constexpr (!PLAIN) dropped.value[v] = from_float<T>(kept >> v & 1u ? weight * dropout.scale : 0.0f);
     }
     if (PLAIN || !dropout.samples) {
       store_pack<V>(y + at + column, p);
@@ -166,7 +151,7 @@ __global__ void __launch_bounds__(Team<THREADS>::kThreads) forward_rows(const Fo
     float z[PACKS][V], most = -INFINITY, total = 0.0f;
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
-      f.template scaled<V, PLAIN>(row, column(k), part[k], z[k]);
+      f.template signed_scores<V, PLAIN>(row, column(k), part[k], z[k]);
 #pragma unroll
       for (int v = 0; v < V; ++v) most = fmaxf(most, z[k][v]);
     }
@@ -175,7 +160,7 @@ __global__ void __launch_bounds__(Team<THREADS>::kThreads) forward_rows(const Fo
     for (int k = 0; k < PACKS; ++k) {
       if (column(k) >= row.n) continue;
 #pragma unroll
-      for (int v = 0; v < V; ++v) total += z[k][v] = exp2f(z[k][v] - most);
+      for (int v = 0; v < V; ++v) total += z[k][v] = f.exponential(z[k][v], most);
     }
     total = Us::sum(total, shared[turn][1]);
     const auto seen = [&] { return f.template sees_any<V, PLAIN>(row, column(0), THREADS * V); };
@@ -199,24 +184,24 @@ __global__ void __launch_bounds__(kWidest, 1) forward_long_rows(const Forward<T>
     const T* x = f.scores + f.from.row(row.b, row.h, row.q);
     float z[V] = {}, most = -INFINITY, total = 0.0f;
     for (int64_t column = first; column < row.n; column += step) {
-      f.template scaled<V, false>(row, column, load_pack<V>(x + column), z);
+      f.template signed_scores<V, false>(row, column, load_pack<V>(x + column), z);
 #pragma unroll
       for (int v = 0; v < V; ++v) most = fmaxf(most, z[v]);
     }
     most = Us::max(most, shared[turn][0]);
     for (int64_t column = first; column < row.n; column += step) {
-      f.template scaled<V, false>(row, column, load_pack<V>(x + column), z);
+      f.template signed_scores<V, false>(row, column, load_pack<V>(x + column), z);
 #pragma unroll
-      for (int v = 0; v < V; ++v) total += exp2f(z[v] - most);
+      for (int v = 0; v < V; ++v) total += f.exponential(z[v], most);
     }
     total = Us::sum(total, shared[turn][1]);
     const auto seen = [&] { return f.template sees_any<V, false>(row, first, step); };
     const float inverse = inverse_of<Us>(total, most, seen, shared[turn][2]);
     for (int64_t column = first; column < f.shape.key; column += step) {
       if (column < row.n) {
-        f.template scaled<V, false>(row, column, load_pack<V>(x + column), z);
+        f.template signed_scores<V, false>(row, column, load_pack<V>(x + column), z);
 #pragma unroll
-        for (int v = 0; v < V; ++v) z[v] = exp2f(z[v] - most);
+        for (int v = 0; v < V; ++v) z[v] = f.exponential(z[v], most);
       }
       f.template write<V, false>(row, number * f.shape.key, column, z, inverse);
     }
@@ -230,9 +215,10 @@ struct Backward {
   T* dx;
   Strides from, kept;
   float scale;
-  Dropout dropout;
+  RowDropout dropout;
 
-  // The gradients of V weights before dropout, but for its factor, and the weights; both 0 past the visible keys.
+  // The gradients of V weights before dropout, but for its factor, and the weights; both 0 past the visible keys. Where a
+  // weight is 0, as a hidden one is, its gradient counts for nothing, whatever it is.
   template <int V>
   __device__ __forceinline__ void load(const Row& row, int64_t column, Pack<T, V>& g, Pack<T, V>& p) const {
     if (column >= row.n) {
@@ -241,12 +227,11 @@ struct Backward {
     }
     g = load_pack<V>(dy + from.row(row.b, row.h, row.q) + column);
     p = load_pack<V>(weights + kept.row(row.b, row.h, row.q) + column);
-    unsigned bits = dropout.samples ? dropout.kept<V>(row.b, row.offset + column) : ~0u;
+    unsigned bits = dropout.samples ? stay<V>(dropout, row.b, row.offset + column) : ~0u;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const bool visible = column + v < row.n;
-      if (!visible || !(bits >> v & 1u)) g.value[v] = {};
-      if (!visible) p.value[v] = {};
+      if (column + v >= row.n) p.value[v] = {};
+      if (to_float(p.value[v]) == 0.0f || !(bits >> v & 1u)) g.value[v] = {};
     }
   }
 
@@ -254,7 +239,7 @@ struct Backward {
   __device__ __forceinline__ float product(const Pack<T, V>& g, const Pack<T, V>& p) const {
     float sum = 0.0f;
 #pragma unroll
-    for (int v = 0; v < V; ++v) sum += to_float(g.value[v]) * dropout.factor * to_float(p.value[v]);
+    for (int v = 0; v < V; ++v) sum += to_float(g.value[v]) * dropout.scale * to_float(p.value[v]);
     return sum;
   }
 
@@ -265,8 +250,8 @@ struct Backward {
     Pack<T, V> d = {};
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      if (column + v < row.n) {
-        d.value[v] = from_float<T>((to_float(g.value[v]) * dropout.factor - sum) * to_float(p.value[v]) * scale);
+      if (to_float(p.value[v]) != 0.0f) {  // 0 times an infinite sum would be NaN
+        d.value[v] = from_float<T>((to_float(g.value[v]) * dropout.scale - sum) * to_float(p.value[v]) * scale);
       }
     }
     store_pack<V>(dx + at + column, d);
@@ -373,19 +358,6 @@ void launch_backward(const Backward<T>& f, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Dropout dropout_of(
-    const Tensor& x, const std::optional<Tensor>& samples, int64_t key0, int64_t key1, double probability,
-    int64_t start) {
-  if (!samples) return {nullptr, {}, 0, 1.0f, 0};
-  check_dropout(x, *samples, probability, start);
-  const float factor = static_cast<float>(1.0 / (1.0 - probability));
-  return {data<int64_t>(*samples), make_key(key0, key1), dropout_threshold(probability), factor, start};
-}
-
-std::optional<Tensor> packed_samples(const std::optional<Tensor>& samples) {
-  return samples ? std::optional<Tensor>(packed(*samples)) : std::nullopt;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> scale_mask_softmax_cuda(
@@ -394,8 +366,7 @@ std::tuple<Tensor, Tensor> scale_mask_softmax_cuda(
   const Scores shape = scores_of(scores, causal);
   check_mask(scores, mask);
   const DeviceGuard guard(scores.get_device_index());
-  const std::optional<Tensor> numbers = packed_samples(samples);
-  const Dropout dropout = dropout_of(scores, numbers, key0, key1, probability, start);
+  const DropoutArguments dropout = dropout_arguments(scores, samples, key0, key1, probability, start);
   const Tensor from = with_packed_rows(scores);
   Tensor y = empty_contiguous_like(scores);
   Tensor weights = samples ? empty_contiguous_like(scores) : empty(scores, {0});
@@ -404,7 +375,7 @@ std::tuple<Tensor, Tensor> scale_mask_softmax_cuda(
     using T = decltype(element);
     const Forward<T> f = {
         shape, data<T>(from), mask ? data<bool>(*mask) : nullptr, mutable_data<T>(y), mutable_data<T>(weights),
-        strides_of(from), mask ? strides_of(*mask) : Strides{}, static_cast<float>(scale) * kLog2E, dropout};
+        strides_of(from), mask ? strides_of(*mask) : Strides{}, exponent_of(scale), dropout.rows};
     if (takes_packs<T>(shape.key, f.scores, f.y, f.weights) && keeps_alignment<T>(f.from)) {
       launch_forward<T, kPackOf<T>>(f, stream_of(scores));
     } else {
@@ -420,8 +391,7 @@ Tensor scale_mask_softmax_backward_cuda(
   const Scores shape = scores_of(weights, causal);
   check_same(weights, dy, "weights and dy");
   const DeviceGuard guard(weights.get_device_index());
-  const std::optional<Tensor> numbers = packed_samples(samples);
-  const Dropout dropout = dropout_of(weights, numbers, key0, key1, probability, start);
+  const DropoutArguments dropout = dropout_arguments(weights, samples, key0, key1, probability, start);
   const Tensor gradients = with_packed_rows(dy), p = with_packed_rows(weights);
   Tensor dx = empty_contiguous_like(weights);
   if (weights.numel() == 0) return dx;
@@ -429,7 +399,7 @@ Tensor scale_mask_softmax_backward_cuda(
     using T = decltype(element);
     const Backward<T> f = {
         shape, data<T>(gradients), data<T>(p), mutable_data<T>(dx), strides_of(gradients), strides_of(p),
-        static_cast<float>(scale), dropout};
+        static_cast<float>(scale), dropout.rows};
     if (takes_packs<T>(shape.key, f.dy, f.weights, f.dx) && keeps_alignment<T>(f.from) && keeps_alignment<T>(f.kept)) {
       launch_backward<T, kPackOf<T>>(f, stream_of(weights));
     } else {

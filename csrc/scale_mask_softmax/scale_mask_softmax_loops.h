@@ -35,8 +35,8 @@ static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, 
 // Sums of a row side by side: 32 with any vectors, so that long rows are as exact with all of them.
 constexpr int kChains = 32 / kWidth;
 
-// buffer = exp(size * (sign * x - most)), 0 where it is hidden and after n; returns the sum. The largest is subtracted
-// before the product is rounded: it comes out as exp(0), however large the scores are. This is most of the work: meanwhile
+// buffer = 2^(size * (sign * x - most)), 0 where it is hidden and after n; returns the sum. The largest is subtracted
+// before the product is rounded: it comes out as 2^0, however large the scores are. This is most of the work: meanwhile
 // the row at `next` is fetched, since half rows are too short for the processor to foresee.
 template <bool masked, typename T>
 static inline float exponentials(
@@ -47,7 +47,7 @@ static inline float exponentials(
     for (int k = 0; k < kChains; ++k) {
       const int64_t j = i + k * kWidth;
       fetch(next, j);
-      Float e = decay((load(x + j) * sign - most) * size);
+      Float e = power_of_two((load(x + j) * sign - most) * size);
       if (masked) e = choose(load_flags(hidden + j), Float{}, e);
       store(buffer + j, e);
       totals[k] += e;
@@ -55,7 +55,7 @@ static inline float exponentials(
   }
   for (; i < n; i += kWidth) {
     const int64_t left = at_most_a_vector(n - i);
-    Float e = choose(first_lanes(left), decay((load(x + i, left) * sign - most) * size), Float{});
+    Float e = choose(first_lanes(left), power_of_two((load(x + i, left) * sign - most) * size), Float{});
     if (masked) e = choose(load_flags(hidden + i, left), Float{}, e);
     store(buffer + i, e);
     totals[0] += e;
@@ -71,14 +71,14 @@ static inline void normalize(
   for (int64_t i = 0; i < n; i += kWidth) {
     const int64_t left = n - i;
     const Float p = load(buffer + i) * inverse;
-    if (!dropout.words) {
+    if (!dropout.drawn) {
       left >= kWidth ? store(y + i, p) : store(y + i, p, left);
     } else if (left >= kWidth) {
       store(weights + i, p);
-      store(y + i, choose(load_words(dropout.words + i) >= dropout.threshold, p * dropout.factor, Float{}));
+      store(y + i, choose(load_drawn(dropout.drawn + i) >= dropout.threshold, p * dropout.scale, Float{}));
     } else {
       store(weights + i, p, left);
-      store(y + i, choose(load_words(dropout.words + i, left) >= dropout.threshold, p * dropout.factor, Float{}), left);
+      store(y + i, choose(load_drawn(dropout.drawn + i, left) >= dropout.threshold, p * dropout.scale, Float{}), left);
     }
   }
 }
@@ -92,9 +92,8 @@ static inline bool all_hidden(const uint8_t* hidden, int64_t n) {
 // next: where the next row probably is. hidden: `key` flags, or null.
 template <typename T>
 void forward_row(
-    const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key, float scale,
-    float* buffer, WeightDropout dropout) {
-  const float sign = scale < 0.0f ? -1.0f : 1.0f, size = scale * sign;
+    const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key, float sign,
+    float size, float* buffer, WeightDropout dropout) {
   const float most = hidden ? largest_score<true>(x, hidden, n, sign) : largest_score<false>(x, hidden, n, sign);
   if (n > 0 && hidden && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
   if (n > 0) {
@@ -106,21 +105,21 @@ void forward_row(
       for (int64_t i = 0; i < n; ++i) {
         if (!hidden[i]) continue;
         y[i] = T{};
-        if (dropout.words) weights[i] = T{};
+        if (dropout.drawn) weights[i] = T{};
       }
     }
   }
   zero(y + n, key - n);
-  if (dropout.words) zero(weights + n, key - n);
+  if (dropout.drawn) zero(weights + n, key - n);
 }
 
 // The gradient of the weights p before dropout. It counts for nothing where p is 0, as a hidden weight is, whatever it is.
 template <typename T>
 static inline Float upstream(const T* dy, Float p, int64_t i, int64_t left, const WeightDropout& dropout) {
   const Float g = choose(p == 0.0f, Float{}, left >= kWidth ? load(dy + i) : load(dy + i, left));
-  if (!dropout.words) return g;
-  const Word words = left >= kWidth ? load_words(dropout.words + i) : load_words(dropout.words + i, left);
-  return choose(words >= dropout.threshold, g * dropout.factor, Float{});
+  if (!dropout.drawn) return g;
+  const Word drawn = left >= kWidth ? load_drawn(dropout.drawn + i) : load_drawn(dropout.drawn + i, left);
+  return choose(drawn >= dropout.threshold, g * dropout.scale, Float{});
 }
 
 //     dx = scale p (g - sum(g p))

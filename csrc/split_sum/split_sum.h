@@ -14,8 +14,23 @@ void split_sum_add_cpu(Tensor high, Tensor low, Tensor x);
 void split_sum_round_cpu(Tensor high, Tensor low, Tensor scale);
 
 // Throws std::runtime_error unless they are halves of a sum.
-void check_halves(const Tensor& high, const Tensor& low);
-void check_term(const Tensor& x, const Tensor& high);
-void check_scale(const Tensor& scale);
+inline void check_halves(const Tensor& high, const Tensor& low) {
+  STD_TORCH_CHECK(
+      high.scalar_type() == ScalarType::BFloat16 || high.scalar_type() == ScalarType::Half,
+      "high must be bfloat16 or float16: it will hold the rounded sum");
+  STD_TORCH_CHECK(
+      low.scalar_type() == ScalarType::Short && same_shape(low, high) && high.is_contiguous() && low.is_contiguous(),
+      "low must be int16, of the shape of high, and both contiguous");
+}
+
+inline void check_term(const Tensor& x, const Tensor& high) {
+  STD_TORCH_CHECK(
+      same_shape(x, high) && (x.scalar_type() == ScalarType::Float || x.scalar_type() == high.scalar_type()),
+      "x must have the shape of high, in float32 or in the type of high");
+}
+
+inline void check_scale(const Tensor& scale) {
+  STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, "scale must be one float32");
+}
 
 }  // namespace megagpt2

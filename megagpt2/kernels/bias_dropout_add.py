@@ -2,7 +2,7 @@
 
 Contract: x [batch, ..., width], bias [width] or None, residual like x, of one type;
 
-    z = residual + (x + bias) keep / (1 - p)      keep = [bits >= p * 2**32], of kernels/dropout.py
+    z = residual + (x + bias) keep / (1 - p)      keep = [bits >= p * 2**16], of kernels/dropout.py
 
 in fp32, with one rounding at the end (the reference rounds at every operation). Where an element is dropped, z is the
 residual, whatever x is there. The mask is never stored but drawn again for the gradients

@@ -1,12 +1,16 @@
 """Dropout whose mask is a function of (seed, layer, site, sample, coordinate): DESIGN D5.
 
-Contract: y = x * keep / (1 - p), keep = [bits >= p * 2**32]; 0 where an element is dropped, whatever x is there.
+Contract: y = x * keep / (1 - p), keep = [bits >= p * 2**16]; 0 where an element is dropped, whatever x is there.
 The product is made in x's precision (fp32 for the 16-bit types, rounded once). The mask is never stored, neither for
 the backward pass nor across recomputation: it is drawn again. The gradient is the same product,
 
     dx = dy * keep / (1 - p)
 
-so the operator is its own derivative. csrc/dropout computes the same bits in one pass over x, on the CPU.
+so the operator is its own derivative. csrc/dropout computes the same bits in one pass over x.
+
+Two elements share a random word of kernels/philox.py, since drawing is most of the work: elements 2w and 2w + 1 of a
+sample have the lower and the upper half of word w. p is rounded to a multiple of 2**-16, at most 1 - 2**-16, here as
+in the factor: 0.1 is 0.10001, and the mean of y is that of x.
 """
 
 from __future__ import annotations
@@ -20,18 +24,28 @@ from megagpt2.kernels.fakes import contiguous_like
 from megagpt2.kernels.philox import random_bits, random_bits_reference
 
 
-def keep_mask(key: tuple[int, int], probability: float, samples: Tensor, start: int, count: int) -> Tensor:
+def threshold_and_scale(probability: float) -> tuple[int, float]:
+    """What an element's bits have to reach for it to stay, and the factor 1 / (1 - p) for the p that is rounded so."""
+    threshold = min(int(probability * 2**16 + 0.5), 2**16 - 1)
+    return threshold, 2**16 / (2**16 - threshold)
+
+
+def keep_mask(
+    key: tuple[int, int], probability: float, samples: Tensor, start: int, count: int, draw=random_bits
+) -> Tensor:
     """Which elements stay: bool [batch, count] for elements start .. start + count - 1 of each sample."""
-    return random_bits(key, samples, start, count) >= int(probability * 2**32)
+    first = start // 2
+    words = draw(key, samples, first, (start + count + 1) // 2 - first)
+    bits = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, start % 2 : start % 2 + count]
+    return bits >= threshold_and_scale(probability)[0]
 
 
 def dropout_reference(
     x: Tensor, samples: Tensor, key: tuple[int, int], probability: float, start: int = 0
 ) -> Tensor:
     """`dropout` in plain torch, on any device."""
-    bits = random_bits_reference(key, samples, start, x.shape[1:].numel())
-    keep = (bits >= int(probability * 2**32)).view(x.shape)
-    return torch.where(keep, x * (1.0 / (1.0 - probability)), 0.0)
+    keep = keep_mask(key, probability, samples, start, x.shape[1:].numel(), random_bits_reference).view(x.shape)
+    return torch.where(keep, x * threshold_and_scale(probability)[1], 0.0)
 
 
 def dropout(x: Tensor, samples: Tensor, key: tuple[int, int], probability: float, start: int = 0) -> Tensor:

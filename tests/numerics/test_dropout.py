@@ -97,11 +97,11 @@ def test_values_and_gradients_are_the_references(device, given_inputs, probabili
 
 
 def test_known_answer():
-    """Random123's vector for the zero key and counter, 6627e8d5 e169c58d bc57ac4c 9b00dbd8: half of it is dropped
-    at p = 0.7 (b3333333 in 32 bits), and the rest is divided by 0.3."""
-    x = torch.tensor([[3.0, 3.0, 3.0, math.nan]])
-    y = dropout(x, torch.tensor([0]), (0, 0), 0.7)
-    assert torch.equal(y, torch.tensor([[0.0, 10.0, 10.0, 0.0]]))
+    """Random123's vector for the zero key and counter, 6627e8d5 e169c58d bc57ac4c 9b00dbd8, lower halves first: half of
+    them are dropped at p = 0.75 (c000 in 16 bits), and the rest is divided by 0.25."""
+    x = torch.tensor([[3.0, math.nan, 3.0, 3.0, math.nan, math.nan, 3.0, math.nan]])
+    y = dropout(x, torch.tensor([0]), (0, 0), 0.75)
+    assert torch.equal(y, torch.tensor([[12.0, 0.0, 12.0, 12.0, 0.0, 0.0, 12.0, 0.0]]))
 
 
 @compiled

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt2.kernels.dropout import keep_mask
+from megagpt2.kernels.dropout import keep_mask, threshold_and_scale
 from megagpt2.kernels.philox import key_of
 from megagpt2.kernels.scale_mask_softmax import (
     WeightDropout,
@@ -89,7 +89,7 @@ def chain(scores, scale, causal=False, mask=None, dropout=None):
     if dropout is None:
         return weights
     keep = keep_mask(dropout.key, dropout.probability, dropout.samples, dropout.start, scores[0].numel())
-    return torch.where(keep.view(scores.shape), weights / (1.0 - dropout.probability), 0.0)
+    return torch.where(keep.view(scores.shape), weights * threshold_and_scale(dropout.probability)[1], 0.0)
 
 
 @compiled
@@ -253,16 +253,17 @@ def test_the_gradient_of_a_hidden_weight_counts_for_nothing(device, value):
 @compiled
 @devices
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("scale", [0.3, -0.3, 0.125])
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.125, 0.0])
 def test_scores_may_be_as_large_as_their_type_allows(device, dtype, scale):
     """A row of them all alike, as what is added to hide padding leaves, and rows in which some are larger."""
     largest = torch.finfo(dtype).max
     some = torch.rand(30)
     rows = [torch.full((30,), -largest), torch.full((30,), largest), largest / 4 * some, 2e4 + 9e3 * some]
     scores = torch.stack(rows).to(device, dtype)[None, None]
-    found = scale_mask_softmax(scores, scale)
-    exact = scale_mask_softmax_reference(scores.double(), scale)
-    torch.testing.assert_close(found.double(), exact, rtol=0, atol=torch.finfo(dtype).eps)
+    for mask in (None, torch.rand(30, device=device) < 0.3):
+        found = scale_mask_softmax(scores, scale, mask=mask)
+        exact = scale_mask_softmax_reference(scores.double(), scale, mask=mask)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=torch.finfo(dtype).eps)
 
 
 @compiled

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt2.kernels.dropout import dropout, keep_mask
+from megagpt2.kernels.dropout import dropout, keep_mask, threshold_and_scale
 from megagpt2.kernels.philox import key_of, philox, random_bits, random_bits_reference, random_normal
 
 KEY = key_of(1234, "test")
@@ -71,15 +71,28 @@ def test_keep_rate_and_independence_are_binomial():
     n, probability = 1 << 20, 0.1
     keep = keep_mask(KEY, probability, torch.tensor([0, 1]), 0, n)
 
-    def within(count: int, rate: float) -> bool:
+    def within(count: int, rate: float, n: int = n) -> bool:
         return abs(count - n * rate) <= 5 * math.sqrt(n * rate * (1 - rate))
 
     both = (1 - probability) ** 2
     assert within(keep[0].sum().item(), 1 - probability)
     assert within(keep[1].sum().item(), 1 - probability)
     assert within((keep[0] & keep[1]).sum().item(), both)  # two samples
-    assert within((keep[0] & keep[0].roll(1)).sum().item(), both)  # two neighbours: lanes of one counter, mostly
-    assert within((keep[0] & keep[0].roll(4)).sum().item(), both)  # two counters
+    assert within((keep[0] & keep[0].roll(1)).sum().item(), both)  # two neighbours: halves of one word, or two words
+    assert within((keep[0, ::2] & keep[0, 1::2]).sum().item(), both, n // 2)  # halves of one word
+    assert within((keep[0] & keep[0].roll(8)).sum().item(), both)  # two counters
+
+
+def test_two_elements_share_a_word_and_the_mean_is_kept():
+    samples = torch.tensor([3, 2**40])
+    words = random_bits(KEY, samples, 2**33, 20)
+    for probability in (0.0, 1e-5, 0.1, 0.5, 0.99, 0.999999):
+        threshold, scale = threshold_and_scale(probability)
+        assert abs(threshold / 2**16 - probability) <= 2**-17 or threshold == 2**16 - 1
+        assert (1 - threshold / 2**16) * scale == 1
+        expected = torch.stack((words % 2**16 >= threshold, words // 2**16 >= threshold), dim=-1).flatten(1)
+        for skip in range(5):
+            assert torch.equal(keep_mask(KEY, probability, samples, 2**34 + skip, 34), expected[:, skip : skip + 34])
 
 
 @given(st.integers(0, 2**40), st.integers(0, 100), st.integers(0, 100))

@@ -1,0 +1,90 @@
+"""The CUDA kernels compute what the operators must, run thread by thread on a CPU: no GPU is needed.
+
+tests/support/cuda_on_cpu/cuda_runtime.h says what this shows. Not how fast they are, and not the approximations of a
+GPU's own functions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import cuda_kernels
+
+OPERATORS = [
+    "tests/unit/test_philox.py",
+    *(f"tests/numerics/test_{name}.py" for name in (
+        "operators", "layer_norm", "residual_layer_norm", "bias_gelu", "bias_dropout_add", "dropout",
+        "scale_mask_softmax", "cross_entropy", "cross_entropy_chunks", "split_sum")),
+]  # fmt: skip
+
+KERNELS = """
+#include "cuda_runtime.h"
+
+// Sums over all 64 threads of what the first gives: with a barrier it is there for all of them.
+__global__ void sum(bool waits, float* total) {
+  __shared__ float given;
+  if (threadIdx.x == 0) given = 0.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) given = 1.0f;
+  if (waits) __syncthreads();
+  float x = given;
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  if (threadIdx.x % 32 == 0) total[threadIdx.x / 32] = x;
+}
+
+// Half of the threads wait for all.
+__global__ void stuck(unsigned waiting) {
+  if (threadIdx.x < waiting) __syncthreads();
+}
+
+extern "C" void run_sum(bool waits, float* total) { sum<<<dim3(1), dim3(64), 0, nullptr>>>(waits, total); }
+extern "C" void run_stuck(unsigned waiting) { stuck<<<2, 64, 0, nullptr>>>(waiting); }
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "kernels.cu").write_text(KERNELS)
+    cuda_kernels.build(folder / "kernels.so", [folder / "kernels.cu"])
+    return folder / "kernels.so"
+
+
+def test_a_race_shows_and_a_barrier_ends_it(kernels):
+    library = ctypes.CDLL(str(kernels))
+    totals = {True: set(), False: set()}
+    for waits in [True, False] * 20:
+        found = (ctypes.c_float * 2)()
+        library.run_sum(waits, found)
+        totals[waits].add(tuple(found))
+    assert totals[True] == {(32.0, 32.0)}
+    assert len(totals[False]) > 1
+
+
+def test_a_barrier_that_some_never_reach_is_told(kernels):
+    code = f"import ctypes, torch; ctypes.CDLL({str(kernels)!r}).run_stuck(%d)"
+    for waiting in (0, 64):
+        subprocess.run([sys.executable, "-c", code % waiting], check=True)
+    done = subprocess.run([sys.executable, "-c", code % 40], capture_output=True, text=True, check=False)
+    assert done.returncode < 0
+    assert "threads wait for others that don't come" in done.stderr and "64 x 1 threads" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_operators_are_right(tmp_path):
+    """Every test of theirs, with the kernels in place of what is written for the CPU."""
+    library = tmp_path / "cuda_on_cpu.so"
+    cuda_kernels.build(library)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu and not slow", *OPERATORS],
+        capture_output=True, text=True, check=False, timeout=1800,
+        cwd=cuda_kernels.ROOT, env=os.environ | {cuda_kernels.ENVIRONMENT: str(library)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 300
