@@ -10,6 +10,7 @@ typedef int32_t Int __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Word __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Short __attribute__((vector_size(2 * kWidth)));
 typedef float AnyFloat __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef uint32_t AnyWord __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));
 typedef uint16_t AnyShort __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
 typedef uint8_t AnyByte __attribute__((vector_size(kWidth), aligned(1), may_alias));
 
@@ -56,12 +57,10 @@ static inline Float load(const float* p) { return *(const AnyFloat*)p; }
 static inline void store(float* p, Float x) { *(AnyFloat*)p = x; }
 
 static inline Float load(const BFloat16* p) { return floats(widen(&p->bits) << 16); }
-static inline void store(BFloat16* p, Float x) {
-  const Word word = bits(x);
-  const Word rounded = (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16;
-  const Word nan = (word >> 16) | 0x40u;  // stays one: adding could carry into the sign
-  narrow(&p->bits, (x != x) ? nan : rounded);
-}
+// bf16 in the upper half of each word, the lower half to be ignored. A NaN that comes of 16-bit numbers, or of no number,
+// has a lower half of 0, which carries nothing into the upper one: it stays a NaN. Others must not come here.
+static inline Word rounded(Float x) { return bits(x) + 0x7FFFu + ((bits(x) >> 16) & 1u); }
+static inline void store(BFloat16* p, Float x) { narrow(&p->bits, rounded(x) >> 16); }
 
 #if MEGAGPT2_WIDTH == 16
 static inline Float load(const Half* p) { return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -144,11 +143,55 @@ static inline void store(T* p, Float x, int64_t n) {
   put(p, part, n);
 }
 
+// Two vectors of neighbours in the order in which they come apart most cheaply: of bf16, of which a 32-bit word has two,
+// those with even numbers and those with odd ones; of other types the first ones and those after them.
+struct Pair {
+  Float first, second;
+};
+constexpr int kPair = 2 * kWidth;
+template <typename T>
+constexpr bool kAlternate = false;
+template <>
+constexpr bool kAlternate<BFloat16> = true;
+
+template <typename T>
+static inline Pair load_pair(const T* p) {
+  return {load(p), load(p + kWidth)};
+}
+static inline Pair load_pair(const BFloat16* p) {
+  const Word both = *(const AnyWord*)p;
+  return {floats(both << 16), floats(both & 0xFFFF0000u)};
+}
+template <typename T>
+static inline void store_pair(T* p, Pair x) {
+  store(p, x.first);
+  store(p + kWidth, x.second);
+}
+static inline void store_pair(BFloat16* p, Pair x) {
+  *(AnyWord*)p = (rounded(x.first) >> 16) | (rounded(x.second) & 0xFFFF0000u);
+}
+// to = from in the order of pairs of T, but for the last n % kPair.
+template <typename T>
+static inline void order_as_pairs(const float* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  if (!kAlternate<T>) return;
+  for (int64_t i = 0; i + kPair <= n; i += kPair) {
+    for (int j = 0; j < kWidth; ++j) {
+      to[i + j] = from[i + 2 * j];
+      to[i + kWidth + j] = from[i + 2 * j + 1];
+    }
+  }
+}
+
 // Brings p[i] nearer, to be read or written soon, where i, in steps of vectors, is the first to reach its cache line. (A
 // line is read before a part of it is written.)
 template <typename T>
 static inline void fetch(const T* p, int64_t i) {
   if (i * sizeof(T) % 64 == 0) __builtin_prefetch(p + i);
+}
+template <typename T>
+static inline void fetch_pair(const T* p) {
+  for (int64_t i = 0; i < kPair; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
 }
 
 // The 16 random bits of each element.

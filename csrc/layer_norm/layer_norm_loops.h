@@ -1,5 +1,5 @@
 // Rows of layer normalization. x, y, dy, dx: [rows, width]; weight and bias as floats; `buffer` holds 2 * width + 2 *
-// kWidth floats. Sums are made of four vectors at a time, so that additions need not wait for one another.
+// kWidth floats. Forward, floats are in the order of pairs. Sums are made of four vectors at a time, so that additions need not wait for one another.
 
 // The mean of n floats, and the square root's inverse of their variance + epsilon. What the sum lost to rounding is what
 // the mean of the differences from it is: it counts where the values are far from zero and close to one another.
@@ -25,47 +25,63 @@ static inline void moments(const float* row, Float total, int64_t n, float epsil
   *rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);
 }
 
+// What forward_rows reads: `ordered`, the weight and then the bias, n floats each, in the order of pairs of T.
+template <typename T>
+void order_weights(const float* weight, const float* bias, float* ordered, int64_t n) {
+  order_as_pairs<T>(weight, ordered, n);
+  order_as_pairs<T>(bias, ordered + n, n);
+}
+
+static inline Float affine(Float x, float mean, float rstd, Float weight, Float bias) {
+  return (x - mean) * rstd * weight + bias;
+}
+
 // Meanwhile the row at `next` is fetched.
 template <typename T>
 static inline void normalize(
     const float* row, const T* next, T* y, const float* weight, const float* bias, float mean, float rstd, int64_t n) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    fetch(next, i);
-    store(y + i, (load(row + i) - mean) * rstd * load(weight + i) + load(bias + i));
+  for (; i + kPair <= n; i += kPair) {
+    fetch_pair(next + i);
+    const Pair x = load_pair(row + i), w = load_pair(weight + i), b = load_pair(bias + i);
+    store_pair(
+        y + i, {affine(x.first, mean, rstd, w.first, b.first), affine(x.second, mean, rstd, w.second, b.second)});
   }
-  if (i < n) {
-    store(y + i, (load(row + i, n - i) - mean) * rstd * load(weight + i, n - i) + load(bias + i, n - i), n - i);
+  for (; i < n; i += kWidth) {
+    const int64_t left = n - i < kWidth ? n - i : kWidth;
+    store(y + i, affine(load(row + i, left), mean, rstd, load(weight + i, left), load(bias + i, left)), left);
   }
 }
 
+// ordered: of order_weights.
 template <typename T>
 void forward_rows(
-    const T* x, T* y, float* mean, float* rstd, const float* weight, const float* bias, int64_t rows, int64_t n,
-    float epsilon, float* buffer) {
+    const T* x, T* y, float* mean, float* rstd, const float* ordered, int64_t rows, int64_t n, float epsilon,
+    float* buffer) {
   for (int64_t r = 0; r < rows; ++r, x += n, y += n) {
     Float totals[4] = {};
     int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-      for (int k = 0; k < 4; ++k) {
-        const Float value = load(x + i + k * kWidth);
-        store(buffer + i + k * kWidth, value);
-        totals[k] += value;
-        fetch(y, i + k * kWidth);
-      }
+    const auto take = [&](Float* total) {
+      const Pair part = load_pair(x + i);
+      store(buffer + i, part.first);
+      store(buffer + i + kWidth, part.second);
+      total[0] += part.first;
+      total[1] += part.second;
+      fetch_pair(y + i);
+      i += kPair;
+    };
+    while (i + 2 * kPair <= n) {
+      take(totals);
+      take(totals + 2);
     }
-    for (; i + kWidth <= n; i += kWidth) {
-      const Float value = load(x + i);
-      store(buffer + i, value);
-      totals[0] += value;
-    }
-    if (i < n) {
-      const Float value = load(x + i, n - i);
+    if (i + kPair <= n) take(totals);
+    for (; i < n; i += kWidth) {
+      const Float value = n - i >= kWidth ? load(x + i) : load(x + i, n - i);
       store(buffer + i, value);  // the buffer has room for the whole vector
-      totals[1] += value;
+      totals[2] += value;
     }
     moments(buffer, (totals[0] + totals[1]) + (totals[2] + totals[3]), n, epsilon, mean + r, rstd + r);
-    normalize(buffer, r + 1 < rows ? x + n : x, y, weight, bias, mean[r], rstd[r], n);
+    normalize(buffer, r + 1 < rows ? x + n : x, y, ordered, ordered + n, mean[r], rstd[r], n);
   }
 }
 

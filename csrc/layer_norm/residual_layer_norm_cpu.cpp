@@ -18,13 +18,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
   check_same(x, residual, "x and residual");
   const DropoutArguments dropout = dropout_arguments(x, samples, key0, key1, probability, start);
   const Tensor from = packed(x), stream = packed(residual), biases = bias_floats(x, bias, width);
-  const Tensor weights = as_floats(weight), norm_biases = as_floats(norm_bias);
+  const Tensor weights = as_floats(weight), norm_biases = as_floats(norm_bias), ordered = empty(weights, {2, width});
   Tensor z = empty_contiguous_like(x), y = empty_contiguous_like(x);
   Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto add = MEGAGPT2_VARIANT(residual_row<T>);
+    const auto order = MEGAGPT2_VARIANT(order_weights<T>);
     const auto normalize = MEGAGPT2_VARIANT(forward_rows<T>);
+    order(data<float>(weights), data<float>(norm_biases), mutable_data<float>(ordered), width);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
       Buffer<float> buffer = row_buffer(width);
       RowBits bits(dropout.rows);
@@ -38,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
             });
         normalize(
             sums, mutable_data<T>(y) + row * width, mutable_data<float>(mean) + row, mutable_data<float>(rstd) + row,
-            data<float>(weights), data<float>(norm_biases), 1, width, static_cast<float>(epsilon), buffer.data());
+            data<float>(ordered), 1, width, static_cast<float>(epsilon), buffer.data());
       }
     });
   });

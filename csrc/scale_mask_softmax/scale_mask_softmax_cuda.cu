@@ -135,7 +135,7 @@ __device__ __forceinline__ float inverse_of(float total, float most, const Seen&
 }
 
 template <typename T, int V, int THREADS, int PACKS, bool PLAIN>
-__global__ void __launch_bounds__(Team<THREADS>::kThreads) forward_rows(const Forward<T> f) {
+__global__ void __launch_bounds__(Team<THREADS>::kThreads, 1) forward_rows(const Forward<T> f) {
   using Us = Team<THREADS>;
   __shared__ float shared[2][3][kWarp];
   int turn = 0;  // successive rows use different pieces

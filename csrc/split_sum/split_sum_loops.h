@@ -9,7 +9,8 @@ static inline void add_vector(uint16_t* high, uint16_t* low, const X* x) {
 
 template <typename T>
 static inline void round_vector(uint16_t* high, const uint16_t* low, float scale) {
-  store((T*)high, floats((widen(high) << 16) | widen(low)) * scale);
+  const Float x = floats((widen(high) << 16) | widen(low)) * scale;
+  store((T*)high, choose(x != x, all(__builtin_nanf("")), x));  // terms in fp32 may bring any NaN
 }
 
 template <typename X>

@@ -73,6 +73,8 @@ def test_infinities_and_nans_stay(dtype):
     expected = (xs[0] + xs[1]).to(dtype)
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert found[0, 0] == 0.0 and found[0, 3].isnan()
+    odd = torch.tensor([[0x7FFFFFFF, -1, 0x7F800001, -(2**31) + 0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)
+    assert odd.isnan().all() and summed(split_sum_add_, split_sum_round_, [odd], dtype, 1.0).isnan().all()
 
 
 @compiled

@@ -74,6 +74,21 @@ def compare(operator: Operator, dtype: torch.dtype) -> None:
         assert_as_exact(*three, f"{operator.name} {dtype} {list(dy.shape)}, result {number}", scale)
 
 
+def compare_nans(operator: Operator, dtype: torch.dtype, bits: int) -> None:
+    """A NaN of these 16 bits in an input makes NaNs of the same results as in torch, whatever its other bits are."""
+    nan = torch.tensor(bits - 2**16 if bits >= 2**15 else bits, dtype=torch.int16).view(dtype)
+    assert nan.isnan()
+    for number in range(len(operator.shapes)):
+        inputs = operator.inputs(dtype)
+        inputs[number].view(-1)[1] = nan
+        with torch.no_grad():
+            dy = torch.randn(operator.reference(*inputs).shape).to(dtype)
+        found, expected = (with_gradients(f, inputs, dy) for f in (operator.ours, operator.reference))
+        results = 1 if operator.name == "scale_mask_softmax" else len(found)  # a gradient times a weight of 0 is no NaN
+        for one, other in zip(found[:results], expected, strict=False):
+            assert torch.equal(one.isnan(), other.isnan()), f"{operator.name} {dtype} {bits:04x} in input {number}"
+
+
 def sizes() -> Iterator[tuple[int, int]]:
     """Rows and widths: every tail of a vector, and some vectors together."""
     yield from ((3, width) for width in range(1, 36))
@@ -87,6 +102,10 @@ if __name__ == "__main__":
             for operator in operators(rows, width, probability):
                 for dtype in TYPES:
                     compare(operator, dtype)
+    for operator in operators(3, 70):
+        for dtype, quiet in ((torch.bfloat16, 0x7FC0), (torch.float16, 0x7E00)):
+            for bits in (quiet, 0x7FFF, 0xFFFF, 0xFF81):
+                compare_nans(operator, dtype, bits)
     for value in (-3e38, 1e12, 4e9):  # scores whose product with the scale is rounded by more than exp can take
         scores = value * (1 - 1e-3 * torch.rand(1, 1, 1, 64))
         y = scale_mask_softmax(scores, 0.3)
