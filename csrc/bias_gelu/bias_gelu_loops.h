@@ -14,7 +14,7 @@ template <typename T>
 void bias_gelu_rows(const T* x, const float* bias, T* y, int64_t rows, int64_t n) {
   for (int64_t r = 0; r < rows; ++r, x += n, y += n) {
     int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) store(y + i, gelu(load(x + i) + load(bias + i)));
+    for (; i + kWidth <= n; i += kWidth) store_clean(y + i, gelu(load(x + i) + load(bias + i)));
     if (i < n) store(y + i, gelu(load(x + i, n - i) + load(bias + i, n - i)), n - i);
   }
 }
@@ -27,7 +27,7 @@ void bias_gelu_backward_rows(
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) {
       const Float d = load(dy + i) * gelu_slope(load(x + i) + load(bias + i));
-      store(dx + i, d);
+      store_clean(dx + i, d);
       store(d_bias + i, load(d_bias + i) + d);
     }
     if (i < n) {

@@ -15,7 +15,7 @@ static inline void residual_row(
   for (; i + kWidth <= n; i += kWidth) {
     Float h = load(x + i) + load(bias + i);
     if (drawn) h = dropped(h, load_drawn(drawn + i), threshold, scale);
-    store(z + i, load(residual + i) + h);
+    store_clean(z + i, load(residual + i) + h);
   }
   if (i < n) {
     const int64_t left = n - i;
@@ -34,7 +34,7 @@ static inline void residual_backward_row(
     Float d = load(dz + i);
     if (drawn) {
       d = dropped(d, load_drawn(drawn + i), threshold, scale);
-      store(dx + i, d);
+      store_clean(dx + i, d);
     }
     store(d_bias + i, load(d_bias + i) + d);
   }

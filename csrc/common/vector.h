@@ -57,10 +57,12 @@ static inline Float load(const float* p) { return *(const AnyFloat*)p; }
 static inline void store(float* p, Float x) { *(AnyFloat*)p = x; }
 
 static inline Float load(const BFloat16* p) { return floats(widen(&p->bits) << 16); }
-// bf16 in the upper half of each word, the lower half to be ignored. A NaN that comes of 16-bit numbers, or of no number,
-// has a lower half of 0, which carries nothing into the upper one: it stays a NaN. Others must not come here.
-static inline Word rounded(Float x) { return bits(x) + 0x7FFFu + ((bits(x) >> 16) & 1u); }
-static inline void store(BFloat16* p, Float x) { narrow(&p->bits, rounded(x) >> 16); }
+// bf16 in the upper half of each word, the lower half to be ignored. The lower half of a NaN must not carry into the upper
+// one, from which nothing would be left.
+static inline Word rounded_clean(Float x) { return bits(x) + 0x7FFFu + ((bits(x) >> 16) & 1u); }
+static inline void store(BFloat16* p, Float x) {
+  narrow(&p->bits, ((x != x) ? (bits(x) | 0x400000u) : rounded_clean(x)) >> 16);
+}
 
 #if MEGAGPT2_WIDTH == 16
 static inline Float load(const Half* p) { return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
@@ -92,6 +94,15 @@ static inline void store(Half* p, Float x) {
   narrow(&p->bits, half | (sign >> 16));
 }
 #endif
+
+// store(p, x) for an x that is made of 16-bit numbers and what is no NaN: then the lower half of a NaN is 0.
+template <typename T>
+static inline void store_clean(T* p, Float x) {
+  store(p, x);
+}
+static inline void store_clean(BFloat16* p, Float x) { narrow(&p->bits, rounded_clean(x) >> 16); }
+// An argument of 32 bits, made such a number.
+static inline float clean(float x) { return x != x ? __builtin_nanf("") : x; }
 
 // part[0 .. n) = p[0 .. n), and 0 up to kWidth; p[0 .. n) = part[0 .. n).
 #if MEGAGPT2_WIDTH == 16
@@ -163,12 +174,12 @@ static inline Pair load_pair(const BFloat16* p) {
   return {floats(both << 16), floats(both & 0xFFFF0000u)};
 }
 template <typename T>
-static inline void store_pair(T* p, Pair x) {
+static inline void store_clean(T* p, Pair x) {
   store(p, x.first);
   store(p + kWidth, x.second);
 }
-static inline void store_pair(BFloat16* p, Pair x) {
-  *(AnyWord*)p = (rounded(x.first) >> 16) | (rounded(x.second) & 0xFFFF0000u);
+static inline void store_clean(BFloat16* p, Pair x) {
+  *(AnyWord*)p = (rounded_clean(x.first) >> 16) | (rounded_clean(x.second) & 0xFFFF0000u);
 }
 // to = from in the order of pairs of T, but for the last n % kPair.
 template <typename T>
@@ -249,13 +260,18 @@ static inline Float exponential(Float x) {
   return choose(x != x, x, limited);
 }
 
-// 2^x to 1 unit in the last place, for x <= 0 or hardly above; 0 below -126.4. A NaN stays. x = n + r, |r| <= 1/2, and 2^r
-// by the polynomial of least relative error whose constant is 1.
-static inline Float power_of_two(Float x) {
+// A factor of 32 bits and what rounding left of it; smallest: by which it is -126.4.
+struct Factor {
+  float value, rest, smallest;
+};
+// 2^(x factor) to about 1 unit in the last place, for a product that is 0 or below, or hardly above; 0 where it is below
+// -126.4. A NaN stays. x factor = n + r, |r| <= 1/2, never rounded as a whole; 2^r by the polynomial of least relative
+// error whose constant is 1.
+static inline Float power_of_two(Float x, Factor factor) {
   const Float shift = all(0x1.8p23f + 127.0f);  // the low bits are 127 + n: 2^n, moved to where the exponent is
-  const Float clamped = greater(all(-126.4f), x);
-  const Float scaled = clamped + shift;
-  const Float r = clamped - (scaled - shift);
+  const Float clamped = greater(all(factor.smallest), x);
+  const Float scaled = clamped * factor.value + shift;
+  const Float r = clamped * factor.rest + (clamped * factor.value - (scaled - shift));
   Float p = all(1.55946778e-4f);
   p = p * r + 1.34066434e-3f;
   p = p * r + 9.61769279e-3f;
@@ -263,5 +279,5 @@ static inline Float power_of_two(Float x) {
   p = p * r + 2.40226522e-1f;
   p = p * r + 6.93147242e-1f;
   p = p * r + 1.0f;
-  return choose(x < -126.4f, Float{}, p * floats(bits(scaled) << 23));
+  return choose(x < factor.smallest, Float{}, p * floats(bits(scaled) << 23));
 }

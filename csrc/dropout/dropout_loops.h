@@ -1,5 +1,5 @@
-// y = x * scale where the drawn bits are at least `threshold`, else 0, whatever x is there. The product is made in float for the
-// 16-bit types and rounded once, as torch multiplies by a number.
+// y = x * scale where the drawn bits are at least `threshold`, else 0, whatever x is there. The product is made in float
+// for the 16-bit types and rounded once, as torch multiplies by a number.
 
 template <typename T>
 void keep_tile(const T* x, T* y, const uint16_t* drawn, int64_t n, uint32_t threshold, double scale) {

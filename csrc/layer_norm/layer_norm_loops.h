@@ -1,5 +1,5 @@
-// Rows of layer normalization. x, y, dy, dx: [rows, width]; weight and bias as floats; `buffer` holds 2 * width + 2 *
-// kWidth floats. Forward, floats are in the order of pairs. Sums are made of four vectors at a time, so that additions need not wait for one another.
+// Rows of layer normalization. x, y, dy, dx: [rows, width]; weight and bias as floats, forward in the order of pairs;
+// `buffer` holds 2 * width + 2 * kWidth floats. Sums are made of four vectors at a time, so that additions need not wait for one another.
 
 // The mean of n floats, and the square root's inverse of their variance + epsilon. What the sum lost to rounding is what
 // the mean of the differences from it is: it counts where the values are far from zero and close to one another.
@@ -44,7 +44,7 @@ static inline void normalize(
   for (; i + kPair <= n; i += kPair) {
     fetch_pair(next + i);
     const Pair x = load_pair(row + i), w = load_pair(weight + i), b = load_pair(bias + i);
-    store_pair(
+    store_clean(
         y + i, {affine(x.first, mean, rstd, w.first, b.first), affine(x.second, mean, rstd, w.second, b.second)});
   }
   for (; i < n; i += kWidth) {
@@ -58,6 +58,7 @@ template <typename T>
 void forward_rows(
     const T* x, T* y, float* mean, float* rstd, const float* ordered, int64_t rows, int64_t n, float epsilon,
     float* buffer) {
+  epsilon = clean(epsilon);
   for (int64_t r = 0; r < rows; ++r, x += n, y += n) {
     Float totals[4] = {};
     int64_t i = 0;

@@ -25,7 +25,7 @@ constexpr int64_t room_for_blocks(int64_t blocks) {
 }
 
 // The words of the counters block, block + 1, ...: see room_for_blocks. As memory of 16-bit numbers a word begins with its
-// lower half, on all processors that torch knows.
+// lower half: processors are little-endian.
 void fill_bits(void* bits, uint64_t block, int64_t blocks, uint64_t sample, Key key);
 
 // Calls tile(offset, bits, n) for pieces that make up [0, batch * count): bits are those of the n elements at `offset` of
@@ -46,7 +46,7 @@ void for_each_tile(const int64_t* samples, int64_t batch, int64_t start, int64_t
       fill_bits(bits, block, blocks, static_cast<uint64_t>(samples[row]), key);
       const int64_t skip = std::max<int64_t>(start - kPer * block, 0);  // of the first counter, before `start`
       const int64_t n = std::min(kPer * blocks, start + count - kPer * block) - skip;
-      tile(row * count + kPer * block + skip - start, bits + skip, n);
+      tile(row * count + (kPer * block + skip - start), bits + skip, n);
     }
   });
 }

@@ -2,6 +2,7 @@
 // megagpt2/kernels/scale_mask_softmax.py has the contract and the reference.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -50,15 +51,19 @@ inline Tensor with_packed_rows(const Tensor& x) {
   return x.stride(3) == 1 || x.size(3) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// A weight is 2^(size * (sign * score - the row's largest sign * score)) over their sum.
+// A weight is 2^(size * (sign * score - the row's largest sign * score)) over their sum; rest: what size lost to rounding.
 struct Exponent {
-  float sign, size;
+  float sign, size, rest;
 };
 inline Exponent exponent_of(double scale) {
-  // A scale of 0 is nearly 0, which gives the same: 0 times what stands for a hidden key, -infinity, would be NaN.
-  if (scale == 0.0) return {1.0f, std::numeric_limits<float>::denorm_min()};
-  const double sign = scale < 0.0 ? -1.0 : 1.0;
-  return {static_cast<float>(sign), static_cast<float>(scale * sign * 1.4426950408889634)};  // log2(e)
+  // A scale of 0 makes every finite score 0, and of the others NaN, as in torch.
+  if (static_cast<float>(scale) == 0.0f) return {0.0f, 1.0f, 0.0f};
+  if (std::isnan(scale)) return {1.0f, std::numeric_limits<float>::quiet_NaN(), 0.0f};
+  const double size = std::abs(scale) * 1.4426950408889634;  // log2(e)
+  constexpr float largest = std::numeric_limits<float>::max();
+  const float sign = scale < 0.0 ? -1.0f : 1.0f;
+  if (size >= largest) return {sign, std::isinf(static_cast<float>(scale)) ? HUGE_VALF : largest, 0.0f};
+  return {sign, static_cast<float>(size), static_cast<float>(size - static_cast<float>(size))};
 }
 
 // The shape of x. Throws std::runtime_error unless it has four dimensions.

@@ -85,7 +85,7 @@ void forward(
     const T* row = x + from.row(b, h, q);
     forward_row(
         row, row + from.query, hidden, results + at, drop.drawn ? undropped + at : nullptr, n, shape.key,
-        exponent.sign, exponent.size, buffers.row.data(), drop);
+        exponent.sign, exponent.size, exponent.rest, buffers.row.data(), drop);
   });
 }
 

@@ -35,19 +35,19 @@ static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, 
 // Sums of a row side by side: 32 with any vectors, so that long rows are as exact with all of them.
 constexpr int kChains = 32 / kWidth;
 
-// buffer = 2^(size * (sign * x - most)), 0 where it is hidden and after n; returns the sum. The largest is subtracted
-// before the product is rounded: it comes out as 2^0, however large the scores are. This is most of the work: meanwhile
+// buffer = 2^(size * (sign * x - most)), 0 where it is hidden and after n; returns the sum. The largest comes out as 2^0,
+// however large the scores are. This is most of the work: meanwhile
 // the row at `next` is fetched, since half rows are too short for the processor to foresee.
 template <bool masked, typename T>
 static inline float exponentials(
-    const T* x, const T* next, const uint8_t* hidden, int64_t n, float sign, float size, float most, float* buffer) {
+    const T* x, const T* next, const uint8_t* hidden, int64_t n, float sign, Factor size, float most, float* buffer) {
   Float totals[kChains] = {};
   int64_t i = 0;
   for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
     for (int k = 0; k < kChains; ++k) {
       const int64_t j = i + k * kWidth;
       fetch(next, j);
-      Float e = power_of_two((load(x + j) * sign - most) * size);
+      Float e = power_of_two(load(x + j) * sign - most, size);
       if (masked) e = choose(load_flags(hidden + j), Float{}, e);
       store(buffer + j, e);
       totals[k] += e;
@@ -55,7 +55,7 @@ static inline float exponentials(
   }
   for (; i < n; i += kWidth) {
     const int64_t left = at_most_a_vector(n - i);
-    Float e = choose(first_lanes(left), power_of_two((load(x + i, left) * sign - most) * size), Float{});
+    Float e = choose(first_lanes(left), power_of_two(load(x + i, left) * sign - most, size), Float{});
     if (masked) e = choose(load_flags(hidden + i, left), Float{}, e);
     store(buffer + i, e);
     totals[0] += e;
@@ -72,7 +72,7 @@ static inline void normalize(
     const int64_t left = n - i;
     const Float p = load(buffer + i) * inverse;
     if (!dropout.drawn) {
-      left >= kWidth ? store(y + i, p) : store(y + i, p, left);
+      left >= kWidth ? store_clean(y + i, p) : store(y + i, p, left);
     } else if (left >= kWidth) {
       store(weights + i, p);
       store(y + i, choose(load_drawn(dropout.drawn + i) >= dropout.threshold, p * dropout.scale, Float{}));
@@ -93,12 +93,13 @@ static inline bool all_hidden(const uint8_t* hidden, int64_t n) {
 template <typename T>
 void forward_row(
     const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key, float sign,
-    float size, float* buffer, WeightDropout dropout) {
+    float size, float rest, float* buffer, WeightDropout dropout) {
+  const Factor factor = {size, rest, -126.4f / size};
   const float most = hidden ? largest_score<true>(x, hidden, n, sign) : largest_score<false>(x, hidden, n, sign);
   if (n > 0 && hidden && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
   if (n > 0) {
-    const float total = hidden ? exponentials<true>(x, next, hidden, n, sign, size, most, buffer)
-                               : exponentials<false>(x, next, hidden, n, sign, size, most, buffer);
+    const float total = hidden ? exponentials<true>(x, next, hidden, n, sign, factor, most, buffer)
+                               : exponentials<false>(x, next, hidden, n, sign, factor, most, buffer);
     const float inverse = 1.0f / total;
     normalize(buffer, y, weights, n, inverse, dropout);
     if (hidden && !(inverse < __builtin_inff())) {  // the row is NaN: what is hidden stays 0

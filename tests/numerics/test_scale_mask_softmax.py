@@ -24,6 +24,7 @@ from megagpt2.kernels.scale_mask_softmax import (
     scale_mask_softmax,
     scale_mask_softmax_reference,
 )
+from tests.support import cuda_kernels
 from tests.support.kernels import TYPES, assert_as_exact, compiled, poisoned, with_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,6 +265,31 @@ def test_scores_may_be_as_large_as_their_type_allows(device, dtype, scale):
         found = scale_mask_softmax(scores, scale, mask=mask)
         exact = scale_mask_softmax_reference(scores.double(), scale, mask=mask)
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=torch.finfo(dtype).eps)
+
+
+@compiled
+@devices
+@pytest.mark.parametrize("scale", [0.0, 1e-46, -1e-46, 2.3e38])
+def test_a_scale_may_be_almost_any_number_of_fp32(device, scale):
+    """At 0 and below the smallest all finite scores are alike; from 2.36e38 on the exponent's factor is its largest."""
+    scores = torch.tensor([[3e38, -3e38, 0.0, 1.0], [1e-38, 0.0, -1e-38, 2e-38], [0.0, -math.inf, 1.0, 2.0]])
+    if scale > 1:
+        scores = scores[1:2]
+    scores = scores.to(device)[None, None]
+    for arguments in ({}, {"causal": True}, {"mask": torch.tensor([False, True, False, False], device=device)}):
+        found = scale_mask_softmax(scores, scale, **arguments)
+        expected = scale_mask_softmax_reference(scores, scale, **arguments)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+@compiled
+@pytest.mark.skipif(cuda_kernels.ENVIRONMENT in os.environ, reason="a GPU's weights are exact beside the largest")
+def test_small_weights_are_exact_in_proportion():
+    """On the CPU not only beside the largest: 2^x is made of a product that is never rounded as a whole."""
+    scores = -torch.linspace(0, 80, 4001)[:, None] * torch.tensor([0.0, 1.0])
+    found = scale_mask_softmax(scores[None, None], 0.7)[0, 0, :, 1].double()
+    exact = scale_mask_softmax_reference(scores[None, None].double(), 0.7)[0, 0, :, 1]
+    assert ((found - exact).abs() / exact).max() < 4 * 2**-23
 
 
 @compiled

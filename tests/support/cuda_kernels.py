@@ -25,7 +25,7 @@ SOURCES = [
 ]
 ENVIRONMENT = "MEGAGPT2_CUDA_ON_CPU"
 FLAGS = [
-    "-std=c++17", "-O1", "-g", "-fPIC", "-DUSE_CUDA", "-Wno-psabi",
+    "-std=c++17", "-O1", "-g", "-fPIC", "-DUSE_CUDA", "-Wno-psabi", "-U_FORTIFY_SOURCE",
     *(["-mfma"] if platform.machine() == "x86_64" else []),  # nvcc joins products and sums, too
     # What C++ leaves undefined ends the process: a pack that is not aligned, above all.
     "-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error",

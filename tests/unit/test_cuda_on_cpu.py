@@ -38,12 +38,27 @@ __global__ void sum(bool waits, float* total) {
   if (threadIdx.x % 32 == 0) total[threadIdx.x / 32] = x;
 }
 
+// Sums of warps' numbers, ten in a row: a warp that runs ahead overwrites what others still read, unless successive
+// sums use different pieces of shared memory.
+__global__ void sums(int pieces, float* wrong) {
+  __shared__ float shared[2][8];
+  for (int i = 0; i < 10; ++i) {
+    float* piece = shared[i % pieces];
+    if (threadIdx.x % 32 == 0) piece[threadIdx.x / 32] = i;
+    __syncthreads();
+    float sum = threadIdx.x % 32 < 8 ? piece[threadIdx.x % 32] : 0.0f;
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (sum != 8 * i) *wrong = 1.0f;
+  }
+}
+
 // Half of the threads wait for all.
 __global__ void stuck(unsigned waiting) {
   if (threadIdx.x < waiting) __syncthreads();
 }
 
 extern "C" void run_sum(bool waits, float* total) { sum<<<dim3(1), dim3(64), 0, nullptr>>>(waits, total); }
+extern "C" void run_sums(int pieces, float* wrong) { sums<<<20, 256, 0, nullptr>>>(pieces, wrong); }
 extern "C" void run_stuck(unsigned waiting) { stuck<<<2, 64, 0, nullptr>>>(waiting); }
 """
 
@@ -65,6 +80,14 @@ def test_a_race_shows_and_a_barrier_ends_it(kernels):
         totals[waits].add(tuple(found))
     assert totals[True] == {(32.0, 32.0)}
     assert len(totals[False]) > 1
+
+
+def test_what_warps_still_read_is_overwritten_by_those_ahead(kernels):
+    library = ctypes.CDLL(str(kernels))
+    for pieces in (1, 2):
+        wrong = ctypes.c_float(0.0)
+        library.run_sums(pieces, ctypes.byref(wrong))
+        assert wrong.value == (pieces == 1)
 
 
 def test_a_barrier_that_some_never_reach_is_told(kernels):

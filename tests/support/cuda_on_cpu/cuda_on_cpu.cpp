@@ -38,6 +38,7 @@ struct Thread {
   Index index;
   State state;
   unsigned shuffles;  // how many it has done
+  int offset;         // of the last
   Fiber* fiber;
 };
 
@@ -108,7 +109,7 @@ void wait(State state) {
 
 void run_block(unsigned count) {
   for (unsigned i = 0; i < count; ++i) {
-    threads[i] = {{i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y}, State::kReady, 0, nullptr};
+    threads[i] = {{i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y}, State::kReady, 0, 0, nullptr};
   }
   std::vector<unsigned> order(count);
   std::iota(order.begin(), order.end(), 0u);
@@ -120,16 +121,28 @@ void run_block(unsigned count) {
   const auto release = [&](unsigned begin, unsigned end) {
     for (unsigned i = begin; i < end; ++i) threads[i].state = State::kReady;
   };
-  while (!all_at(0, count, State::kDone)) {
+  // Some warps run ahead of the others, for a while: so far that they meet what is still in use.
+  std::array<bool, kMostThreads / kWarp> ahead{};
+  for (int passes = 0; !all_at(0, count, State::kDone); --passes) {
     std::shuffle(order.begin(), order.end(), generator);
     bool moved = false;
-    for (const unsigned i : order) {
-      if (threads[i].state != State::kReady) continue;
-      resume(threads[i]);
-      moved = true;
+    for (const bool everybody : {false, true}) {
+      for (const unsigned i : order) {
+        if (threads[i].state != State::kReady || !(everybody || ahead[i / kWarp])) continue;
+        resume(threads[i]);
+        moved = true;
+      }
+      if (moved) break;
+    }
+    if (passes <= 0) {
+      passes = static_cast<int>(generator() % 64);
+      for (bool& warp : ahead) warp = generator() % 2 == 0;
     }
     for (unsigned warp = 0; warp + kWarp <= count; warp += kWarp) {
-      if (all_at(warp, warp + kWarp, State::kAtWarp)) release(warp, warp + kWarp);
+      if (!all_at(warp, warp + kWarp, State::kAtWarp)) continue;
+      for (unsigned i = warp; i < warp + kWarp; ++i)
+        if (threads[i].offset != threads[warp].offset) undefined("lanes of a warp are at different shuffles");
+      release(warp, warp + kWarp);
     }
     if (all_at(0, count, State::kAtBlock)) release(0, count);
     if (!moved) undefined("threads wait for others that don't come");
@@ -144,6 +157,7 @@ float from_lane(float mine, int offset) {
   const auto number = static_cast<unsigned>(running - threads.data());
   auto& values = given[running->shuffles++ % 2];
   values[number] = mine;
+  running->offset = offset;
   wait(State::kAtWarp);
   return values[number ^ static_cast<unsigned>(offset)];
 }

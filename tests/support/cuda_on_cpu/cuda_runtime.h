@@ -1,9 +1,14 @@
-// As much of CUDA as csrc/*.cu use, on a CPU: a kernel's threads are run one after the other, so that its indices, its
-// barriers and its sums can be tested where there is no GPU. Speed and the device's own approximations can't.
+// As much of CUDA as csrc/*.cu use, on a CPU: a kernel's threads are run one after the other, so that what it computes can
+// be tested where there is no GPU.
 //
-// Threads of a block take turns at the barriers, in an order that a generator shuffles anew each time, and so do blocks:
-// a result that depends on the order is a race, and two runs differ. What CUDA leaves undefined ends the process with a
-// message: a barrier that some threads of the block never reach, a shuffle that some lanes of the warp never do.
+// Threads of a block take turns at barriers and shuffles, in a random order, some warps far ahead of others; blocks follow
+// one another in a random order. So a barrier that is missing changes results from one run to the next. What ends the
+// process: a barrier that some threads of the block never reach, a shuffle that some lanes of the warp never do, a pack
+// that is not aligned, an index beyond an array's known size.
+//
+// What does not show: speed, a GPU's own approximations of functions, too few registers for a launch; two threads that
+// add to one place between the same barriers; memory, shared or of a tensor, that is read beyond its end or before it is
+// written, unless a test sees it in the result.
 #pragma once
 
 #include <cmath>

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from megagpt2.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics, head_cross_entropy
+from megagpt2.kernels.extension import EXTENSION
 from tools.bench.kernel_cases import Case
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -107,6 +108,8 @@ def _held(what: str) -> int:
 def main() -> None:
     """WHICH TOKENS WORDS WIDTH TYPE DEVICE: print what _memory asks for."""
     which, tokens, words, width, name, device = sys.argv[1:]
+    if which == "ours" and (problem := EXTENSION.problem(device)):
+        sys.exit(f"cross_entropy: {problem}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     warm, inputs = (leaves(n, w, int(width), dtype, device) for n, w in ((256, 256), (int(tokens), int(words))))
     torch.autograd.grad(HEADS[which](*warm), warm[:2])  # what torch loads and keeps
