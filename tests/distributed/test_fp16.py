@@ -50,7 +50,7 @@ def test_one_process_in_fp16_is_near_fp32(runs):
 @pytest.mark.parametrize("ranks, layout", [(1, {}), (4, {TP: 2, PP: 2})], ids=["one", "tp2-pp2"])
 def test_a_scale_that_overflowed_is_remembered(pool, tmp_path, ranks, layout):
     """From 2**24 the first steps overflow: the scale falls, is saved, and going on from there is bitwise."""
-    changes = {**FP16, **layout, "training.initial_loss_scale": 2**24}
+    changes = {**FP16, **layout, "training.initial_loss_scale": 2**24, "batch.micro_batch": 4}
     straight = pool.run(JOB, ranks, changes=changes, folder=str(tmp_path / "straight"), steps=12)[0]
     first = pool.run(JOB, ranks, changes=changes, folder=str(tmp_path / "parts"), steps=5)[0]
     second = pool.run(JOB, ranks, changes=changes, folder=str(tmp_path / "parts"), steps=7, load=first["saved"])[0]

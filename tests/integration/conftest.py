@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megagpt2.config import Config
-from tests.support.runs import Ended, Text, pretrain, tiny_config, write_text
+from tests.support.runs import Ended, Text, pretrain_command, run, tiny_config, write_text
 
 
 @pytest.fixture(scope="session")
@@ -17,11 +17,13 @@ def text(tmp_path_factory) -> Text:
 
 @pytest.fixture(scope="session")
 def finished(text, tmp_path_factory) -> tuple[Config, Ended]:
-    """A run of one process in fp32, and what it printed."""
+    """A run of one process in fp32, started as a user does, and what it printed."""
     directory: Path = tmp_path_factory.mktemp("finished") / "run"
     changes = {
         "training.steps": 20, "validation.every": 8, "validation.batches": 3, "checkpoint.every": 10,
         "monitor.sample_every": 10, "monitor.sample_prompts": ["the cat"], "monitor.sample_tokens": 8,
     }
     config = tiny_config(text, directory, **changes)
-    return config, pretrain((config, 1))[0][0]
+    end = run(pretrain_command(config))
+    assert end.code == 0, end
+    return config, end

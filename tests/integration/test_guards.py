@@ -17,6 +17,7 @@ from megagpt2.data.indexed import IndexedWriter
 from megagpt2.data.order import Order
 from megagpt2.parallel.launch import free_port
 from tests.support.runs import (
+    PRETRAIN,
     PROGRAMS,
     ROOT,
     Process,
@@ -27,6 +28,7 @@ from tests.support.runs import (
     pretrain_command,
     run,
     start_pretrain,
+    start_ranks,
     steps,
     tiny_config,
     wait_until,
@@ -38,7 +40,7 @@ def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path):
     [first] = start_pretrain(config)
     try:
         wait_until(lambda: len(steps(config.run.directory)) > 1, [first])
-        second = run(pretrain_command(config))
+        [second] = end_all(start_pretrain(config))
         assert second.code == 2 and "another process is training in" in second.errors, second
         assert first.running()
     finally:
@@ -48,12 +50,7 @@ def test_a_second_run_in_the_same_folder_is_refused(text, tmp_path):
 
 def test_ranks_with_different_requests_do_not_train_together(text, tmp_path):
     command = pretrain_command(tiny_config(text, tmp_path / "run", **{"parallel.tensor_parallel": 2}))
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        Process([*command, *extra], shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank, extra in enumerate([[], ["optimizer.beta2=0.9"]])
-    ]
-    ended = end_all(ranks)
+    ended = end_all(start_ranks([command, [*command, "optimizer.beta2=0.9"]]))
     assert [end.code for end in ended] == [2, 2]
     assert "ranks [1] were asked for something else than rank 0" in ended[0].errors
     assert not (tmp_path / "run").exists()
@@ -82,7 +79,7 @@ def test_the_end_of_the_launcher_stops_its_ranks(text, tmp_path):
 def test_resuming_on_other_data_is_refused(finished, text, tmp_path, capsys):
     config, _ = finished
     arguments = ["--config", str(config.run.directory / "config.yaml"), "training.seed=5", "training.steps=30"]
-    ended = run([sys.executable, ROOT / "launch/pretrain.py", *arguments])
+    [ended] = end_all(start_ranks([[sys.executable, PRETRAIN, *arguments]]))
     assert ended.code == 2 and "seed was 1234, is 5" in ended.errors, ended
     # begun from it in another folder, it is allowed, and told
     other = tiny_config(text, tmp_path / "run", **{

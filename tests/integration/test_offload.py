@@ -21,8 +21,6 @@ from tests.support.runs import (
     checkpoint,
     end_all,
     pretrain,
-    pretrain_command,
-    run,
     start_pretrain,
     steps,
     tiny_config,
@@ -68,7 +66,7 @@ def test_a_killed_run_goes_on_bit_by_bit_and_cleans_up(text, tmp_path):
 def test_a_folder_that_takes_no_files_is_refused(text, tmp_path):
     need_nvme()
     (tmp_path / "nvme").write_text("a file")
-    ended = run(pretrain_command(nvme_config(text, tmp_path / "run")))
+    [ended] = end_all(start_pretrain(nvme_config(text, tmp_path / "run")))
     assert ended.code == 2 and "offload.nvme_path" in ended.errors and "can't be written" in ended.errors, ended
 
 

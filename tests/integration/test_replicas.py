@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megagpt2.parallel.launch import free_port
-from tests.support.runs import ROOT, Process, end_all, events, pretrain_command, steps, tiny_config
+from tests.support.runs import ROOT, end_all, events, pretrain_command, start_ranks, steps, tiny_config
 
 # A rank of the run, in which the second one's memory changes a bit after its fourth step.
 _PROGRAM = """
@@ -30,10 +29,7 @@ def test_a_flipped_bit_ends_the_run_before_it_is_saved(text, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(_PROGRAM.format(root=str(ROOT)))
     _, _, *arguments = pretrain_command(config)
-    command = [sys.executable, program, *arguments, "--check-replicas", "2"]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = [Process(command, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    ends = end_all(started)
+    ends = end_all(start_ranks([[sys.executable, program, *arguments, "--check-replicas", "2"]] * 2))
     assert [end.code for end in ends] == [1, 1], ends[0]
     assert "h.0.ln_1.weight: ranks 0, 1 differ among each other" in ends[0].errors
     assert "Traceback" not in ends[0].errors + ends[1].errors and not ends[1].errors.count("differ among")

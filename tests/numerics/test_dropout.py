@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -204,7 +205,7 @@ print(digest.hexdigest())
 """
 
 
-def drawn(**environment) -> subprocess.CompletedProcess:
+def drawn(environment: dict[str, str]) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", DRAW], env=os.environ | environment, capture_output=True, text=True, timeout=120
     )
@@ -213,15 +214,17 @@ def drawn(**environment) -> subprocess.CompletedProcess:
 @compiled
 def test_every_set_of_vector_instructions_draws_the_same():
     """And MEGAGPT2_REFERENCE=1 does; processors that lack a set say so."""
-    expected = drawn(MEGAGPT2_REFERENCE="1")
+    names = ("portable", "avx2", "avx512")
+    environments = [{"MEGAGPT2_REFERENCE": "1"}, *({"MEGAGPT2_CPU": name} for name in (*names, "sse"))]
+    with ThreadPoolExecutor() as processes:  # they mostly import torch
+        expected, *each, refused = processes.map(drawn, environments)
     assert expected.returncode == 0, expected.stderr
-    for name in ("portable", "avx2", "avx512"):
-        found = drawn(MEGAGPT2_CPU=name)
+    for name, found in zip(names, each, strict=True):
         if found.returncode and "which this processor has not" in found.stderr and name != "portable":
             continue
         assert found.returncode == 0, found.stderr
         assert found.stdout == expected.stdout, name
-    assert "set it to portable, avx2 or avx512" in drawn(MEGAGPT2_CPU="sse").stderr
+    assert "set it to portable, avx2 or avx512" in refused.stderr
 
 
 @compiled

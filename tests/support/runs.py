@@ -25,6 +25,7 @@ from megagpt2.config.load import save_config
 from megagpt2.data.indexed import IndexedCorpus, IndexedWriter
 from megagpt2.data.tokenizer import Tokenizer
 from megagpt2.parallel.launch import free_port
+from tests.support.fork import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(sys.executable).parent
@@ -104,13 +105,19 @@ class Ended:
 class Process:
     """One started process in a session of its own, killed with all its children if it outlives its limit."""
 
-    def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str], **options) -> None:
+    def __init__(
+        self, command: Sequence[str | Path], environment: Mapping[str, str], forked: bool = False, **options
+    ) -> None:
+        """forked: `python PROGRAM ...` on the CPU, which need not import torch itself (tests/support/fork.py)."""
         # Files, not pipes: nobody has to read while the process runs. _ended closes them.
         self._output, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
-        self._popen = subprocess.Popen(
-            [str(part) for part in command], env=clean_environment() | dict(environment), stdout=self._output,
-            stderr=self._errors, start_new_session=True, **{"stdin": subprocess.DEVNULL, **options},
-        )
+        command = [str(part) for part in command]
+        common = {"env": clean_environment() | dict(environment), "stdout": self._output, "stderr": self._errors}
+        if forked:
+            self._popen = Forked(command, **common, **options)
+        else:
+            options = {"stdin": subprocess.DEVNULL, **options}
+            self._popen = subprocess.Popen(command, start_new_session=True, **common, **options)
 
     def running(self) -> bool:
         return self._popen.poll() is None
@@ -119,6 +126,7 @@ class Process:
         self._popen.send_signal(number)
 
     def kill(self) -> None:
+        self._popen.send_signal(signal.SIGKILL)  # nothing where it has ended; else it may not lead its session yet
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._popen.pid, signal.SIGKILL)
 
@@ -164,7 +172,7 @@ def end_all(processes: Sequence[Process], limit: float = LIMIT) -> list[Ended]:
 
 
 def run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None, **options) -> Ended:
-    """Start, wait, and return whatever came out."""
+    """Start, wait, and return whatever came out. Options are Process's."""
     return end_all([Process(command, environment or {}, **options)])[0]
 
 
@@ -177,11 +185,19 @@ def pretrain_command(config: Config) -> list[str | Path]:
 
 def start_pretrain(config: Config, ranks: int = 1) -> list[Process]:
     """The ranks of one run, each a process of its own as a launcher would start it."""
-    command, port = pretrain_command(config), str(free_port())
-    if ranks == 1:
-        return [Process(command, {})]
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [Process(command, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+    return start_ranks([pretrain_command(config)] * ranks, forked=config.training.device == "cpu")
+
+
+def start_ranks(commands: Sequence[Sequence[str | Path]], forked: bool = True) -> list[Process]:
+    """One process for each command: alone, or the ranks of one world on this machine."""
+    if len(commands) == 1:
+        return [Process(commands[0], {}, forked)]
+    size = str(len(commands))
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Process(command, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, forked)
+        for rank, command in enumerate(commands)
+    ]
 
 
 def pretrain(*runs: tuple[Config, int]) -> list[list[Ended]]:
