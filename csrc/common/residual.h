@@ -6,40 +6,47 @@ static inline Float dropped(Float x, Word drawn, uint32_t threshold, float scale
   return choose(drawn >= threshold, x * scale, Float{});
 }
 
-// bias: n floats, zeros where there is none.
+// bias: n floats in the order of pairs of T, zeros where there is none.
 template <typename T>
 static inline void residual_row(
     const T* x, const float* bias, const T* residual, const uint16_t* drawn, uint32_t threshold, float scale, T* z,
     int64_t n) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    Float h = load(x + i) + load(bias + i);
-    if (drawn) h = dropped(h, load_drawn(drawn + i), threshold, scale);
-    store_clean(z + i, load(residual + i) + h);
+  for (; i + kPair <= n; i += kPair) {
+    const Pair a = load_pair(x + i), b = load_pair(bias + i), stream = load_pair(residual + i);
+    Pair h = {a.first + b.first, a.second + b.second};
+    if (drawn) {
+      const WordPair words = load_drawn_pair<T>(drawn + i);
+      h = {dropped(h.first, words.first, threshold, scale), dropped(h.second, words.second, threshold, scale)};
+    }
+    store_clean(z + i, Pair{stream.first + h.first, stream.second + h.second});
   }
-  if (i < n) {
-    const int64_t left = n - i;
+  for (; i < n; i += kWidth) {
+    const int64_t left = n - i < kWidth ? n - i : kWidth;
     Float h = load(x + i, left) + load(bias + i, left);
     if (drawn) h = dropped(h, load_drawn(drawn + i, left), threshold, scale);
     store(z + i, load(residual + i, left) + h, left);
   }
 }
 
-// dx = dropout(dz), and d_bias [n] grows by it. Without drawn bits dx is dz, and is not written: it may be null.
+// dx = dropout(dz), and d_bias [n], in the order of pairs of T, grows by it. Without drawn bits dx is dz, and is not
+// written: it may be null.
 template <typename T>
 static inline void residual_backward_row(
     const T* dz, const uint16_t* drawn, uint32_t threshold, float scale, T* dx, float* d_bias, int64_t n) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    Float d = load(dz + i);
+  for (; i + kPair <= n; i += kPair) {
+    Pair d = load_pair(dz + i);
     if (drawn) {
-      d = dropped(d, load_drawn(drawn + i), threshold, scale);
+      const WordPair words = load_drawn_pair<T>(drawn + i);
+      d = {dropped(d.first, words.first, threshold, scale), dropped(d.second, words.second, threshold, scale)};
       store_clean(dx + i, d);
     }
-    store(d_bias + i, load(d_bias + i) + d);
+    store(d_bias + i, load(d_bias + i) + d.first);
+    store(d_bias + i + kWidth, load(d_bias + i + kWidth) + d.second);
   }
-  if (i < n) {
-    const int64_t left = n - i;
+  for (; i < n; i += kWidth) {
+    const int64_t left = n - i < kWidth ? n - i : kWidth;
     Float d = load(dz + i, left);
     if (drawn) {
       d = dropped(d, load_drawn(drawn + i, left), threshold, scale);

@@ -26,9 +26,14 @@ void SumsOverRows::settle(float* part, int64_t block) {
 
 void SumsOverRows::add_blocks() { MEGAGPT2_VARIANT(add_blocks)(sums_.data(), blocks_, columns_); }
 
-Tensor SumsOverRows::of(int64_t first, int64_t count, const Tensor& like) {
+Tensor SumsOverRows::of(int64_t first, int64_t count, const Tensor& like, Order order) {
   Tensor total = empty(like, {count}, ScalarType::Float);
-  std::copy_n(sums_.data() + first, count, mutable_data<float>(total));
+  const float* sums = sums_.data() + first;
+  if (order) {
+    order(sums, mutable_data<float>(total), count);
+  } else {
+    std::copy_n(sums, count, mutable_data<float>(total));
+  }
   return torch::stable::to(total, like.scalar_type());
 }
 

@@ -181,15 +181,26 @@ static inline void store_clean(T* p, Pair x) {
 static inline void store_clean(BFloat16* p, Pair x) {
   *(AnyWord*)p = (rounded_clean(x.first) >> 16) | (rounded_clean(x.second) & 0xFFFF0000u);
 }
-// to = from in the order of pairs of T, but for the last n % kPair.
+// to = from in the order of pairs of T, but for the last n % kPair; and the way back.
 template <typename T>
-static inline void order_as_pairs(const float* from, float* to, int64_t n) {
+void order_as_pairs(const float* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
   if (!kAlternate<T>) return;
   for (int64_t i = 0; i + kPair <= n; i += kPair) {
     for (int j = 0; j < kWidth; ++j) {
       to[i + j] = from[i + 2 * j];
       to[i + kWidth + j] = from[i + 2 * j + 1];
+    }
+  }
+}
+template <typename T>
+void order_as_elements(const float* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  if (!kAlternate<T>) return;
+  for (int64_t i = 0; i + kPair <= n; i += kPair) {
+    for (int j = 0; j < kWidth; ++j) {
+      to[i + 2 * j] = from[i + j];
+      to[i + 2 * j + 1] = from[i + kWidth + j];
     }
   }
 }
@@ -211,6 +222,17 @@ static inline Word load_drawn(const uint16_t* p, int64_t n) {
   uint16_t part[kWidth];
   take(part, p, n);
   return load_drawn(part);
+}
+
+// Of a pair of T's.
+struct WordPair {
+  Word first, second;
+};
+template <typename T>
+static inline WordPair load_drawn_pair(const uint16_t* p) {
+  if (!kAlternate<T>) return {load_drawn(p), load_drawn(p + kWidth)};
+  const Word both = *(const AnyWord*)p;
+  return {both & 0xFFFFu, both >> 16};
 }
 
 // Which of kWidth bools are true, as `choose` takes it.

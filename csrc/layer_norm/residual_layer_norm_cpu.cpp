@@ -19,11 +19,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
   const DropoutArguments dropout = dropout_arguments(x, samples, key0, key1, probability, start);
   const Tensor from = packed(x), stream = packed(residual), biases = bias_floats(x, bias, width);
   const Tensor weights = as_floats(weight), norm_biases = as_floats(norm_bias), ordered = empty(weights, {2, width});
+  const Tensor ordered_biases = empty(weights, {width});
   Tensor z = empty_contiguous_like(x), y = empty_contiguous_like(x);
   Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto add = MEGAGPT2_VARIANT(residual_row<T>);
+    MEGAGPT2_VARIANT(order_as_pairs<T>)(data<float>(biases), mutable_data<float>(ordered_biases), width);
     const auto order = MEGAGPT2_VARIANT(order_weights<T>);
     const auto normalize = MEGAGPT2_VARIANT(forward_rows<T>);
     order(data<float>(weights), data<float>(norm_biases), mutable_data<float>(ordered), width);
@@ -35,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
         T* sums = mutable_data<T>(z) + row * width;
         bits.for_each_piece(
             row, width, {inputs, skip, sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
-              add(inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
+              add(inputs + at, data<float>(ordered_biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
                   sums + at, n);
             });
         normalize(
@@ -55,10 +57,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
   const Tensor sums = packed(z), gradients = packed(dy), stream = dz ? packed(*dz) : sums, weights = as_floats(weight);
   Tensor d_residual = empty_contiguous_like(z), dx = samples ? empty_contiguous_like(z) : empty(z, {0});
   SumsOverRows columns(rows, 3 * width);
+  SumsOverRows::Order order = nullptr;
   with_type(z.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto normalize = MEGAGPT2_VARIANT(backward_rows<T>);
     const auto add = MEGAGPT2_VARIANT(residual_backward_row<T>);
+    order = MEGAGPT2_VARIANT(order_as_elements<T>);
     struct Task {
       Buffer<float> buffer;
       RowBits bits;
@@ -79,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
       }
     });
   });
-  return {d_residual, dx, columns.of(2 * width, width, z), columns.of(0, width, z), columns.of(width, width, z)};
+  return {d_residual, dx, columns.of(2 * width, width, z, order), columns.of(0, width, z), columns.of(width, width, z)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {
