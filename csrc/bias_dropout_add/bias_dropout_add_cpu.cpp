@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/pairs.h"
 #include "common/sums_over_rows.h"
 #include "dropout/row_bits.h"
 
@@ -16,13 +17,12 @@ Tensor bias_dropout_add_cpu(
   const auto [rows, width] = rows_of(x);
   check_same(x, residual, "x and residual");
   const DropoutArguments dropout = dropout_arguments(x, samples, key0, key1, probability, start);
-  const Tensor from = packed(x), stream = packed(residual), biases = bias_floats(x, bias, width);
-  const Tensor ordered = empty(biases, {width});
+  const Tensor from = packed(x), stream = packed(residual);
+  const Tensor biases = in_order_of_pairs(bias_floats(x, bias, width), x.scalar_type());
   Tensor z = empty_contiguous_like(x);
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(residual_row<T>);
-    MEGAGPT2_VARIANT(order_as_pairs<T>)(data<float>(biases), mutable_data<float>(ordered), width);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
       RowBits bits(dropout.rows);
       for (int64_t row = begin; row < end; ++row) {
@@ -31,7 +31,7 @@ Tensor bias_dropout_add_cpu(
         bits.for_each_piece(
             row, width, {inputs, skip, sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
               forward(
-                  inputs + at, data<float>(ordered) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
+                  inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
                   sums + at, n);
             });
       }
@@ -47,11 +47,9 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
   const Tensor gradients = packed(dz);
   Tensor dx = samples ? empty_contiguous_like(dz) : empty(dz, {0});
   SumsOverRows sums(rows, width);
-  SumsOverRows::Order order = nullptr;
   with_type(dz.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(residual_backward_row<T>);
-    order = MEGAGPT2_VARIANT(order_as_elements<T>);
     const auto make_bits = [&] { return RowBits(dropout.rows); };
     sums.run(make_bits, [&](RowBits& bits, int64_t first, int64_t count, float* d_bias) {
       for (int64_t row = first; row < first + count; ++row) {
@@ -64,7 +62,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
       }
     });
   });
-  return {dx, sums.of(0, width, dz, order)};
+  return {dx, sums.of(0, width, dz, true)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {

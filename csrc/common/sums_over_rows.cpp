@@ -1,5 +1,7 @@
 #include "common/sums_over_rows.h"
 
+#include "common/pairs.h"
+
 #define MEGAGPT2_LOOPS "common/sums_over_rows_loops.h"
 #include "common/variants.h"
 
@@ -26,14 +28,10 @@ void SumsOverRows::settle(float* part, int64_t block) {
 
 void SumsOverRows::add_blocks() { MEGAGPT2_VARIANT(add_blocks)(sums_.data(), blocks_, columns_); }
 
-Tensor SumsOverRows::of(int64_t first, int64_t count, const Tensor& like, Order order) {
+Tensor SumsOverRows::of(int64_t first, int64_t count, const Tensor& like, bool in_pairs) {
   Tensor total = empty(like, {count}, ScalarType::Float);
-  const float* sums = sums_.data() + first;
-  if (order) {
-    order(sums, mutable_data<float>(total), count);
-  } else {
-    std::copy_n(sums, count, mutable_data<float>(total));
-  }
+  std::copy_n(sums_.data() + first, count, mutable_data<float>(total));
+  if (in_pairs) total = in_order_of_elements(total, like.scalar_type());
   return torch::stable::to(total, like.scalar_type());
 }
 

@@ -32,10 +32,9 @@ class SumsOverRows {
     add_blocks();
   }
 
-  // After run(): the sums of columns first .. first + count - 1, as a vector of `like`'s type, which order(from, to, count)
-  // puts into the order of elements where they are in another.
-  using Order = void (*)(const float* from, float* to, int64_t count);
-  Tensor of(int64_t first, int64_t count, const Tensor& like, Order order = nullptr);
+  // After run(): the sums of columns first .. first + count - 1, as a vector of `like`'s type. in_pairs: whether add() put
+  // them into the order of pairs of that type (pairs.h).
+  Tensor of(int64_t first, int64_t count, const Tensor& like, bool in_pairs = false);
 
  private:
   static constexpr int64_t kRowsTogether = 16;

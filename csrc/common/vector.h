@@ -155,7 +155,8 @@ static inline void store(T* p, Float x, int64_t n) {
 }
 
 // Two vectors of neighbours in the order in which they come apart most cheaply: of bf16, of which a 32-bit word has two,
-// those with even numbers and those with odd ones; of other types the first ones and those after them.
+// those with even numbers and those with odd ones; of other types the first ones and those after them. What lies beside
+// rows of T as floats is put into this order by pairs.h.
 struct Pair {
   Float first, second;
 };
@@ -180,29 +181,6 @@ static inline void store_clean(T* p, Pair x) {
 }
 static inline void store_clean(BFloat16* p, Pair x) {
   *(AnyWord*)p = (rounded_clean(x.first) >> 16) | (rounded_clean(x.second) & 0xFFFF0000u);
-}
-// to = from in the order of pairs of T, but for the last n % kPair; and the way back.
-template <typename T>
-void order_as_pairs(const float* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-  if (!kAlternate<T>) return;
-  for (int64_t i = 0; i + kPair <= n; i += kPair) {
-    for (int j = 0; j < kWidth; ++j) {
-      to[i + j] = from[i + 2 * j];
-      to[i + kWidth + j] = from[i + 2 * j + 1];
-    }
-  }
-}
-template <typename T>
-void order_as_elements(const float* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-  if (!kAlternate<T>) return;
-  for (int64_t i = 0; i + kPair <= n; i += kPair) {
-    for (int j = 0; j < kWidth; ++j) {
-      to[i + 2 * j] = from[i + j];
-      to[i + 2 * j + 1] = from[i + kWidth + j];
-    }
-  }
 }
 
 // Brings p[i] nearer, to be read or written soon, where i, in steps of vectors, is the first to reach its cache line. (A

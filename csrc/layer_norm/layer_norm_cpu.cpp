@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/pairs.h"
 #include "common/sums_over_rows.h"
 
 #define MEGAGPT2_LOOPS "layer_norm/layer_norm_loops.h"
@@ -19,18 +20,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tenso
   const Tensor from = packed(x);
   Tensor y = empty_contiguous_like(x);
   Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
-  const Tensor weights = as_floats(weight), biases = as_floats(bias), ordered = empty(weights, {2, width});
+  const Tensor weights = in_order_of_pairs(as_floats(weight), x.scalar_type());
+  const Tensor biases = in_order_of_pairs(as_floats(bias), x.scalar_type());
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
-    const auto order = MEGAGPT2_VARIANT(order_weights<T>);
     const auto forward = MEGAGPT2_VARIANT(forward_rows<T>);
-    order(data<float>(weights), data<float>(biases), mutable_data<float>(ordered), width);
     torch::stable::parallel_for(0, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
       Buffer<float> buffer = row_buffer(width);
       forward(
           data<T>(from) + begin * width, mutable_data<T>(y) + begin * width, mutable_data<float>(mean) + begin,
-          mutable_data<float>(rstd) + begin, data<float>(ordered), end - begin, width, static_cast<float>(epsilon),
-          buffer.data());
+          mutable_data<float>(rstd) + begin, data<float>(weights), data<float>(biases), end - begin, width,
+          static_cast<float>(epsilon), buffer.data());
     });
   });
   return {y, mean, rstd};

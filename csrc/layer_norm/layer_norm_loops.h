@@ -1,5 +1,6 @@
 // Rows of layer normalization. x, y, dy, dx: [rows, width]; weight and bias as floats, forward in the order of pairs;
-// `buffer` holds 2 * width + 2 * kWidth floats. Sums are made of four vectors at a time, so that additions need not wait for one another.
+// `buffer` holds 2 * width + 2 * kWidth floats. Sums are made of four vectors at a time, so that additions need not wait
+// for one another.
 
 // The mean of n floats, and the square root's inverse of their variance + epsilon. What the sum lost to rounding is what
 // the mean of the differences from it is: it counts where the values are far from zero and close to one another.
@@ -25,13 +26,6 @@ static inline void moments(const float* row, Float total, int64_t n, float epsil
   *rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);
 }
 
-// What forward_rows reads: `ordered`, the weight and then the bias, n floats each, in the order of pairs of T.
-template <typename T>
-void order_weights(const float* weight, const float* bias, float* ordered, int64_t n) {
-  order_as_pairs<T>(weight, ordered, n);
-  order_as_pairs<T>(bias, ordered + n, n);
-}
-
 static inline Float affine(Float x, float mean, float rstd, Float weight, Float bias) {
   return (x - mean) * rstd * weight + bias;
 }
@@ -53,11 +47,10 @@ static inline void normalize(
   }
 }
 
-// ordered: of order_weights.
 template <typename T>
 void forward_rows(
-    const T* x, T* y, float* mean, float* rstd, const float* ordered, int64_t rows, int64_t n, float epsilon,
-    float* buffer) {
+    const T* x, T* y, float* mean, float* rstd, const float* weight, const float* bias, int64_t rows, int64_t n,
+    float epsilon, float* buffer) {
   epsilon = clean(epsilon);
   for (int64_t r = 0; r < rows; ++r, x += n, y += n) {
     Float totals[4] = {};
@@ -82,7 +75,7 @@ void forward_rows(
       totals[2] += value;
     }
     moments(buffer, (totals[0] + totals[1]) + (totals[2] + totals[3]), n, epsilon, mean + r, rstd + r);
-    normalize(buffer, r + 1 < rows ? x + n : x, y, ordered, ordered + n, mean[r], rstd[r], n);
+    normalize(buffer, r + 1 < rows ? x + n : x, y, weight, bias, mean[r], rstd[r], n);
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/pairs.h"
 #include "common/sums_over_rows.h"
 #include "dropout/row_bits.h"
 #include "layer_norm/layer_norm.h"
@@ -17,18 +18,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
   const auto [rows, width] = checked_rows(x, weight, norm_bias);
   check_same(x, residual, "x and residual");
   const DropoutArguments dropout = dropout_arguments(x, samples, key0, key1, probability, start);
-  const Tensor from = packed(x), stream = packed(residual), biases = bias_floats(x, bias, width);
-  const Tensor weights = as_floats(weight), norm_biases = as_floats(norm_bias), ordered = empty(weights, {2, width});
-  const Tensor ordered_biases = empty(weights, {width});
+  const Tensor from = packed(x), stream = packed(residual);
+  const Tensor biases = in_order_of_pairs(bias_floats(x, bias, width), x.scalar_type());
+  const Tensor weights = in_order_of_pairs(as_floats(weight), x.scalar_type());
+  const Tensor norm_biases = in_order_of_pairs(as_floats(norm_bias), x.scalar_type());
   Tensor z = empty_contiguous_like(x), y = empty_contiguous_like(x);
   Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto add = MEGAGPT2_VARIANT(residual_row<T>);
-    MEGAGPT2_VARIANT(order_as_pairs<T>)(data<float>(biases), mutable_data<float>(ordered_biases), width);
-    const auto order = MEGAGPT2_VARIANT(order_weights<T>);
     const auto normalize = MEGAGPT2_VARIANT(forward_rows<T>);
-    order(data<float>(weights), data<float>(norm_biases), mutable_data<float>(ordered), width);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
       Buffer<float> buffer = row_buffer(width);
       RowBits bits(dropout.rows);
@@ -37,12 +36,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
         T* sums = mutable_data<T>(z) + row * width;
         bits.for_each_piece(
             row, width, {inputs, skip, sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
-              add(inputs + at, data<float>(ordered_biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
+              add(inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
                   sums + at, n);
             });
         normalize(
             sums, mutable_data<T>(y) + row * width, mutable_data<float>(mean) + row, mutable_data<float>(rstd) + row,
-            data<float>(ordered), 1, width, static_cast<float>(epsilon), buffer.data());
+            data<float>(weights), data<float>(norm_biases), 1, width, static_cast<float>(epsilon), buffer.data());
       }
     });
   });
@@ -57,12 +56,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
   const Tensor sums = packed(z), gradients = packed(dy), stream = dz ? packed(*dz) : sums, weights = as_floats(weight);
   Tensor d_residual = empty_contiguous_like(z), dx = samples ? empty_contiguous_like(z) : empty(z, {0});
   SumsOverRows columns(rows, 3 * width);
-  SumsOverRows::Order order = nullptr;
   with_type(z.scalar_type(), [&, width = width](auto element) {
     using T = decltype(element);
     const auto normalize = MEGAGPT2_VARIANT(backward_rows<T>);
     const auto add = MEGAGPT2_VARIANT(residual_backward_row<T>);
-    order = MEGAGPT2_VARIANT(order_as_elements<T>);
     struct Task {
       Buffer<float> buffer;
       RowBits bits;
@@ -83,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
       }
     });
   });
-  return {d_residual, dx, columns.of(2 * width, width, z, order), columns.of(0, width, z), columns.of(width, width, z)};
+  const Tensor d_bias = columns.of(2 * width, width, z, true);
+  return {d_residual, dx, d_bias, columns.of(0, width, z), columns.of(width, width, z)};
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megagpt2, m) {

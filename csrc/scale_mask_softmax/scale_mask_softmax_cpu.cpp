@@ -84,8 +84,8 @@ void forward(
     const WeightDropout drop = draw(dropout, number, n, buffers.bits);
     const T* row = x + from.row(b, h, q);
     forward_row(
-        row, row + from.query, hidden, results + at, drop.drawn ? undropped + at : nullptr, n, shape.key,
-        exponent.sign, exponent.size, exponent.rest, buffers.row.data(), drop);
+        row, row + from.query, hidden, results + at, drop.drawn ? undropped + at : nullptr, n, shape.key, exponent,
+        buffers.row.data(), drop);
   });
 }
 

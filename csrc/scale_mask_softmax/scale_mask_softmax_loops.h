@@ -92,14 +92,15 @@ static inline bool all_hidden(const uint8_t* hidden, int64_t n) {
 // next: where the next row probably is. hidden: `key` flags, or null.
 template <typename T>
 void forward_row(
-    const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key, float sign,
-    float size, float rest, float* buffer, WeightDropout dropout) {
-  const Factor factor = {size, rest, -126.4f / size};
+    const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key,
+    Exponent exponent, float* buffer, WeightDropout dropout) {
+  const float sign = exponent.sign;
+  const Factor size = {exponent.size, exponent.rest, -126.4f / exponent.size};
   const float most = hidden ? largest_score<true>(x, hidden, n, sign) : largest_score<false>(x, hidden, n, sign);
   if (n > 0 && hidden && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
   if (n > 0) {
-    const float total = hidden ? exponentials<true>(x, next, hidden, n, sign, factor, most, buffer)
-                               : exponentials<false>(x, next, hidden, n, sign, factor, most, buffer);
+    const float total = hidden ? exponentials<true>(x, next, hidden, n, sign, size, most, buffer)
+                               : exponentials<false>(x, next, hidden, n, sign, size, most, buffer);
     const float inverse = 1.0f / total;
     normalize(buffer, y, weights, n, inverse, dropout);
     if (hidden && !(inverse < __builtin_inff())) {  // the row is NaN: what is hidden stays 0

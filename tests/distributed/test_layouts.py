@@ -33,7 +33,7 @@ def test_tied_copies_stay_equal_over_three_replicas_of_two_stages(pool):
 
 
 def test_words_that_do_not_divide(pool):
-    """384 padded rows over 3 ranks are 128 each, of which the last has 51 words; over 5 ranks the last has none."""
+    """Of 384 padded rows over 3 ranks the last has 51 words of 128; of 128 over 4 ranks the last has none of 32."""
     batch = {"batch.global_batch": 12, "batch.micro_batch": 6}  # two exchanges for each layer, not twelve
     agree(trained(pool, 3, {TP: 3, **batch}), trained(pool, 1, batch, "train_plain"))
     # 128 rows, 32 each: ranks 2 and 3 hold 26 and no words

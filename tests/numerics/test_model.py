@@ -217,8 +217,9 @@ def test_recomputation_changes_no_bit(norm):
         assert torch.equal(loss, results[0][0])
         for name, gradient in by_name.items():
             assert torch.equal(gradient, results[0][1][name]), name
-    still = gradients(dense_model(model_config(norm=norm)), *batch)[0]
-    assert not torch.equal(results[0][0], still)  # dropout was on
+    _, still = gradients(dense_model(model_config(norm=norm)), *batch)
+    for name, gradient in results[0][1].items():
+        assert (gradient - still[name]).abs().max() > 1e-3, name  # dropout was on
 
 
 def test_full_offload_keeps_the_blocks_inputs_on_the_cpu_and_nothing_else(monkeypatch):
