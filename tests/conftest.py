@@ -21,6 +21,11 @@ if library := os.environ.get(cuda_kernels.ENVIRONMENT):
     torch.ops.load_library(library)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and EXTENSION.cuda):
+        pytest.skip("no CUDA device, or no operators compiled for it")
+
+
 @pytest.fixture(scope="session")
 def pool():
     """Gloo worker processes, up to six (three replicas of two stages), started when a test first needs them."""

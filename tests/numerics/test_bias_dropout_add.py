@@ -54,7 +54,7 @@ def results(function, x, bias, residual, dz, arguments):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 @given(inputs())
 @settings(max_examples=150)
 def test_values_and_gradients_are_as_exact_as_torchs(device, given_inputs):
@@ -76,7 +76,7 @@ def test_values_and_gradients_are_as_exact_as_torchs(device, given_inputs):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 @pytest.mark.parametrize("width", [1, 3, 64, 1601])
 def test_the_mask_is_dropouts(device, width):
     """Bit for bit: with a bias of 0 and a residual of 0, what is kept is x / (1 - p). A dropped NaN leaves no trace."""

@@ -44,7 +44,7 @@ def inputs(draw):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 @given(inputs())
 @settings(max_examples=100)
 def test_values_and_gradients_are_as_exact_as_torchs(device, given_inputs):
@@ -60,7 +60,7 @@ def test_values_and_gradients_are_as_exact_as_torchs(device, given_inputs):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 def test_every_digit_counts_on_the_left_tail(device):
     """gelu(h) = h / (1 + exp(-2 u)): there 1 + tanh(u) has lost its digits, this has a few units of exp's argument."""
     x = torch.linspace(-9, 2, 9001, device=device)
@@ -71,7 +71,7 @@ def test_every_digit_counts_on_the_left_tail(device):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 def test_what_is_far_out_stays_finite_and_a_nan_stays(device):
     x = torch.tensor([[-3e38, -1e20, -11.0, -10.0, 10.0, 11.0, 1e20, 3e38, math.inf, math.nan]], device=device)
     y, dx, _ = with_gradients(bias_gelu, [x, torch.zeros(10, device=device)], torch.ones_like(x))

@@ -23,9 +23,7 @@ from megagpt2.kernels.cross_entropy import (
     cross_entropy_statistics_reference,
     head_cross_entropy,
 )
-from tests.support.kernels import TYPES, assert_as_exact, compiled, poisoned
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from tests.support.kernels import TYPES, assert_as_exact, compiled, devices, poisoned
 
 
 @st.composite
@@ -51,7 +49,7 @@ def losses_of(statistics: Tensor) -> Tensor:
 
 
 @compiled
-@pytest.mark.parametrize("device", DEVICES)
+@devices
 @given(chunks(), st.booleans(), st.sampled_from([1.0, 1024.0]))
 @settings(max_examples=120, deadline=None)
 def test_losses_and_gradients_are_as_exact_as_torchs(device, chunk, strided, factor):
@@ -78,7 +76,7 @@ def test_losses_and_gradients_are_as_exact_as_torchs(device, chunk, strided, fac
     assert_as_exact(found[:, :words], expected, torchs, "gradient")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@devices
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shift", [-2000, 2000])
 def test_another_ranks_targets_are_left_alone(device, dtype, shift):
@@ -92,7 +90,7 @@ def test_another_ranks_targets_are_left_alone(device, dtype, shift):
     assert (logits >= 0).all() and ((logits.double().sum(1) - 1).abs() < 4 * torch.finfo(dtype).eps).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@devices
 @pytest.mark.parametrize("operator", [cross_entropy_statistics, cross_entropy_statistics_reference])
 def test_infinities_and_nans(device, operator):
     """-inf is a word of probability 0, in the first piece of 2048 too; an all -inf shard counts nothing; NaN shows."""
@@ -111,7 +109,7 @@ def test_infinities_and_nans(device, operator):
     assert (empty[0] == -infinity).all() and (empty[1:] == 0).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@devices
 @pytest.mark.parametrize("operator", [cross_entropy_gradient_, cross_entropy_gradient_reference_])
 def test_a_factor_of_two_to_the_tenth_is_exact(device, operator):
     """In fp32 it changes exponents alone. In fp16 it keeps the digits of a probability of 1e-7: without, one bit."""

@@ -47,7 +47,7 @@ def test_the_operators_are_built():
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 @given(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)), st.lists(SAMPLES, max_size=3), STARTS,
        st.integers(0, 600))
 def test_bits_are_the_references(device, key, samples, start, count):
@@ -79,7 +79,7 @@ def inputs(draw):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 @given(inputs(), st.one_of(st.sampled_from([0.0, 0.1, 0.5, 1 - 2.0**-53]), st.floats(0, 1, exclude_max=True)), STARTS)
 @settings(max_examples=300)
 def test_values_and_gradients_are_the_references(device, given_inputs, probability, start):

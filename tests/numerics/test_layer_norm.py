@@ -41,7 +41,7 @@ def inputs(draw):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 @given(inputs())
 @settings(max_examples=150)
 def test_values_and_gradients_are_as_exact_as_torchs(device, given_inputs):
@@ -73,7 +73,7 @@ def test_rows_of_one_value_are_zero(value, width):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 def test_what_is_not_finite_stays_in_its_row(device):
     x = torch.randn(4, 50, device=device)
     x[1, 7], x[2, 9] = math.nan, math.inf

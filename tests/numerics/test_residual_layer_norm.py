@@ -69,7 +69,7 @@ def moved(given_inputs, device):
 
 
 @compiled
-@pytest.mark.parametrize("device", devices())
+@devices
 @given(inputs())
 @settings(max_examples=150)
 def test_values_and_gradients_are_those_of_the_two_operators(device, given_inputs):

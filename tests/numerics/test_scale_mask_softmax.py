@@ -25,16 +25,12 @@ from megagpt2.kernels.scale_mask_softmax import (
     scale_mask_softmax_reference,
 )
 from tests.support import cuda_kernels
-from tests.support.kernels import TYPES, assert_as_exact, compiled, poisoned, with_gradients
+from tests.support.kernels import TYPES, assert_as_exact, compiled, devices, poisoned, with_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = key_of(1234, "attention")
 # Around a vector of 4, 8 or 16, several of them, a group of 16 queries, and what a warp's or a block's registers hold.
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 129, 250]))
-GPU = pytest.param("cuda", marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-])
-devices = pytest.mark.parametrize("device", ["cpu", GPU])
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:

@@ -15,12 +15,7 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 compiled = pytest.mark.skipif(not EXTENSION.compiled, reason=f"the operators are not compiled: {EXTENSION.reason}")
 
-
-def devices() -> list:
-    """For parametrize: the CPU, and CUDA where it is asked for and there."""
-    there = torch.cuda.is_available() and EXTENSION.cuda
-    absent = pytest.mark.skipif(not there, reason="no CUDA device, or no operators for it")
-    return ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, absent])]
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 def assert_as_exact(found: Tensor, exact: Tensor, torchs: Tensor, name: str = "", scale: float = 0.0) -> None:

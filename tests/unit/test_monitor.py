@@ -1,5 +1,6 @@
 """The record of a run: complete, the same in every sink, honest about NaNs, and cut back at a resume."""
 
+import contextlib
 import io
 import json
 import math
@@ -7,6 +8,8 @@ import os
 import pty
 import random
 import re
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,19 +290,30 @@ def test_plain_console_shows_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"  steps +25 in 0:00:\d\d, up to 25/3610", lines[lines.index("summary:") + 1])
 
 
+def terminal_output(leader: int) -> Iterator[bytes]:
+    """What was written to a pseudo-terminal, until its other side is closed, which Linux tells as an error."""
+    with open(leader, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+        while data := terminal.read(1 << 16):
+            yield data
+
+
 def test_terminal_shows_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     leader, follower = pty.openpty()
-    with open(follower, "w", encoding="utf-8") as stream:
-        with Monitor([Console(total_steps=100, every=10, stream=stream)]) as monitor:
-            monitor.start(HEADER, CONFIG)
-            monitor.validation(validation_row(0, loss=5.25))
-            monitor.step(step_row(40, tokens_per_second=12_345.6, seconds_step=1.0))
-        shown = os.read(leader, 1 << 16).decode()
-    os.close(leader)
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    assert "step 40/100 | loss 7.0000 | 12,346 tokens/s | left 0:01:00 | validation 5.2500" in shown
+    shown: list[bytes] = []
+    reader = threading.Thread(target=lambda: shown.extend(terminal_output(leader)))
+    reader.start()  # beside the writer: a terminal takes some 4 KB, and the slower this runs the more often it redraws
+    with (
+        open(follower, "w", encoding="utf-8") as stream,
+        Monitor([Console(total_steps=100, every=10, stream=stream)]) as monitor,
+    ):
+        monitor.start(HEADER, CONFIG)
+        monitor.validation(validation_row(0, loss=5.25))
+        monitor.step(step_row(40, tokens_per_second=12_345.6, seconds_step=1.0))
+    reader.join()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(shown).decode())
+    assert "step 40/100 | loss 7.0000 | 12,346 tokens/s | left 0:01:00 | validation 5.2500" in text
 
 
 def test_time_left_ignores_single_slow_steps() -> None:
