@@ -18,6 +18,7 @@ from tests.support import plain
 from tests.support.train import error, small_config, train, whole
 
 STEPS = 5
+SEEDS = (1, 2, 3, 4)  # beside the configuration's
 RATE = 1024.0  # of SGD: so large a step that a weight of 1 does not round its gradient of 1e-3 away
 SGD = {
     "optimizer.name": "sgd", "optimizer.learning_rate": RATE, "optimizer.clip": 0.0, "optimizer.weight_decay": 0.0,
@@ -78,7 +79,7 @@ class Errors:
     def of(cls, found: Trained, expected: Trained) -> Errors:
         truth = _reported(expected.adam[0])
         loss = max(error(_reported(part), truth) for part in found.adam)  # every rank must report the right one
-        norm = max(error(np.array(part["norms"]), np.array(expected.adam[0]["norms"])) for part in found.adam)
+        norm = max(_norm_error(part, expected.adam[0]) for part in found.adam)
         here, there = whole(found.adam, "after"), whole(expected.adam, "after")
         keys = max(float(np.abs(keys_of(n, here[n]) - keys_of(n, there[n])).max(initial=0.0)) for n in there)
         gradient = tensor_errors(gradients(found.sgd), gradients(expected.sgd))
@@ -96,7 +97,9 @@ def assert_exact(errors: Errors) -> None:
 def assert_rounded_as(found: Trained, exact: Trained, rounded: Trained, floor: float) -> None:
     """Invariant I2: a layout's low precision differs from fp32 (`exact`) by what one process's does (`rounded`).
 
-    Rounding errors of the two are different draws: twice is allowed, and no tensor is held to less than `floor`.
+    Rounding errors of the two are different draws: twice is allowed, and no tensor is held to less than `floor`. A
+    step's gradient norm is one number, and after some steps in low precision one process's errors go from 1e-3 to 4e-3
+    by seed: what counts is the largest of several seeds (`rounded.adam[0]["norm_error"]`).
     """
     truth = _reported(exact.adam[0])
     rounding = np.abs(_reported(rounded.adam[0]) - truth).max()
@@ -105,10 +108,14 @@ def assert_rounded_as(found: Trained, exact: Trained, rounded: Trained, floor: f
     expected = gradients(exact.sgd)
     one, here = (tensor_errors(gradients(run.sgd), expected) for run in (rounded, found))
     wrong = {name: (here[name], one[name]) for name in one if not here[name] <= max(2 * one[name], floor)}
-    true_norms = np.array(exact.adam[0]["norms"])
-    norms, plain_norms = (error(np.array(run.adam[0]["norms"]), true_norms) for run in (found, rounded))
+    norms, plain_norms = _norm_error(found.adam[0], exact.adam[0]), rounded.adam[0]["norm_error"]
     assert norms <= max(2 * plain_norms, floor / 4), f"gradient norms: {norms}, one process {plain_norms}"
     assert not wrong, f"(error, one process's error) of gradients: {wrong}"
+
+
+def _norm_error(found: dict, expected: dict) -> float:
+    """Of the gradient norms of all steps."""
+    return error(np.array(found["norms"]), np.array(expected["norms"]))
 
 
 def _reported(part: dict) -> np.ndarray:
@@ -121,8 +128,16 @@ def train_both(changes: dict) -> tuple[dict, dict]:
 
 
 def train_plain(changes: dict) -> tuple[dict, dict]:
-    """A job for the pool, on one rank: the same in plain torch."""
-    return plain.train(changes, STEPS), plain.train({**changes, **SGD}, 1)
+    """A job for the pool, on one rank: the same in plain torch. In low precision `norm_error` of Adam's run is the
+    largest error of a gradient norm against fp32, of this seed and SEEDS."""
+    adam, sgd = plain.train(changes, STEPS), plain.train({**changes, **SGD}, 1)
+    if changes.get("training.precision", "fp32") == "fp32":
+        return adam, sgd
+    exact = {**changes, "training.precision": "fp32"}
+    errors = [_norm_error(adam, plain.train(exact, STEPS))]
+    for seed in ({"training.seed": seed} for seed in SEEDS):
+        errors.append(_norm_error(plain.train({**changes, **seed}, STEPS), plain.train({**exact, **seed}, STEPS)))
+    return {**adam, "norm_error": max(errors)}, sgd
 
 
 def trained(pool, ranks: int, changes: dict, job: str = "train_both") -> Trained:
