@@ -29,7 +29,7 @@ def test_every_benchmark_is_tested():
 def test_rows_follow_the_schema(name, tmp_path):
     file = tmp_path / "out" / "rows.json"
     command = [sys.executable, ROOT / f"tools/bench/{name}.py", "--repetitions", "1", "--json", file, *SMALL[name]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # as users have it
     end = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert end.returncode == 0, end.stderr
     written = json.loads(file.read_text())

@@ -17,19 +17,21 @@ from megagpt2.kernels import cross_entropy
 from megagpt2.kernels.cross_entropy import head_cross_entropy, token_losses
 from megagpt2.parallel.tensor import TensorBuilder
 from megagpt2.parallel.topology import Topology
-from tests.support.kernels import TYPES, compiled
+from tests.support.kernels import TYPES, compiled, devices
 
 TOKENS, WIDTH, WORDS = 37, 16, 101
 
 
-def inputs(dtype=torch.float32, words: int = WORDS, padding: int = 0, tokens: int = TOKENS, std: float = 1.0):
+def inputs(
+    dtype=torch.float32, words: int = WORDS, padding: int = 0, tokens: int = TOKENS, std: float = 1.0, device="cpu"
+):
     """hidden, weight (its padding rows hold rubbish: none may show), targets with the first and the last word."""
     generator = torch.Generator().manual_seed(tokens + words)
     hidden = (std * torch.randn(tokens, WIDTH, generator=generator)).to(dtype)
     weight = torch.randn(words + padding, WIDTH, generator=generator).to(dtype)
     targets = torch.randint(words, (tokens,), generator=generator)
     targets[0], targets[-1] = 0, words - 1
-    return hidden, weight, targets
+    return hidden.to(device), weight.to(device), targets.to(device)
 
 
 def differentiate(function, hidden: Tensor, weight: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,11 +62,12 @@ def error(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
+@devices
 @pytest.mark.parametrize("padding", [0, 27])
 @pytest.mark.parametrize("std", [1.0, 30.0])
-def test_fp32_is_float64(padding, std):
+def test_fp32_is_float64(device, padding, std):
     """Sums of 16 and 101 products of fp32's 6e-8: 1e-6 relative to the largest, with logits up to 500 as well."""
-    hidden, weight, targets = inputs(padding=padding, std=std)
+    hidden, weight, targets = inputs(padding=padding, std=std, device=device)
     expected = reference(hidden, weight, targets)
     # A logit of 500 is itself rounded by 3e-5, and softmax turns that into a relative error.
     tolerance = 1e-6 if std == 1.0 else 1e-4
@@ -93,10 +96,11 @@ def test_padding_rows_are_nowhere(dtype):
         assert error(ours, theirs) < (1e-6 if dtype == torch.float32 else 2**-8)
 
 
+@devices
 @pytest.mark.parametrize("tokens_at_a_time", [1, 2, 5, 36])
-def test_chunks_change_nothing(monkeypatch, tokens_at_a_time):
+def test_chunks_change_nothing(monkeypatch, device, tokens_at_a_time):
     """Only the order of additions: of 37 losses, and of 37 products in each weight gradient. 5e-7: 8 fp32 roundings."""
-    hidden, weight, targets = inputs(padding=27)
+    hidden, weight, targets = inputs(padding=27, device=device)
     whole, losses = differentiate(fused(targets), hidden, weight), token_losses(hidden, weight, targets, 0, WORDS)
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", tokens_at_a_time * len(weight))
     for ours, theirs in zip(differentiate(fused(targets), hidden, weight), whole, strict=True):
@@ -104,10 +108,11 @@ def test_chunks_change_nothing(monkeypatch, tokens_at_a_time):
     assert error(token_losses(hidden, weight, targets, 0, WORDS), losses) < 5e-7
 
 
+@devices
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("std", [0.1, 1.0, 4.0])
 @pytest.mark.parametrize("tokens", [5, 1000])
-def test_the_error_is_at_most_twice_torchs(monkeypatch, dtype, std, tokens):
+def test_the_error_is_at_most_twice_torchs(monkeypatch, device, dtype, std, tokens):
     """I8, on each of loss and gradients; with chunks of 64 tokens, as a large vocabulary has them.
 
     torch's loss of bf16 logits is bf16: the error allowed is at least one rounding of fp32's, 1e-6. fp16 has a loss
@@ -115,7 +120,7 @@ def test_the_error_is_at_most_twice_torchs(monkeypatch, dtype, std, tokens):
     """
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 64 * (WORDS + 27))
     scale, torch_head = (2.0**10, mixed) if dtype == torch.float16 else (1.0, plain)
-    hidden, weight, targets = inputs(dtype, padding=27, tokens=tokens, std=std)
+    hidden, weight, targets = inputs(dtype, padding=27, tokens=tokens, std=std, device=device)
     expected = reference(hidden, weight, targets)
     ours = differentiate(fused(targets), hidden, weight, scale)
     torchs = differentiate(torch_head(targets), hidden, weight, scale)
@@ -133,14 +138,15 @@ def test_the_scale_of_the_loss_reaches_the_gradients():
         assert torch.equal(a, b * 2.0**16)
 
 
+@devices
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
-def test_fp16_gradients_are_neither_lost_nor_infinite(scale):
+def test_fp16_gradients_are_neither_lost_nor_infinite(device, scale):
     """4096 tokens: gradients of 1e-3 / 4096 are below fp16's least normal number 6e-5. d weight's largest are not, and
     a loss scale lifts d hidden's.
 
     One fp16 rounding is 2**-11 relative; 8 of them for what the products of fp16 numbers add up to.
     """
-    hidden, weight, targets = inputs(torch.float16, tokens=4096)
+    hidden, weight, targets = inputs(torch.float16, tokens=4096, device=device)
     expected = reference(hidden, weight, targets)
     _, d_hidden, d_weight = differentiate(fused(targets), hidden, weight, scale)
     assert d_hidden.isfinite().all() and d_weight.isfinite().all()
@@ -225,10 +231,11 @@ class Products(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@devices
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_what_is_frozen_costs_nothing(dtype):
+def test_what_is_frozen_costs_nothing(device, dtype):
     """A frozen weight or hidden: two products of three, nothing kept for it, and the other's gradient bit by bit."""
-    hidden, weight, targets = inputs(dtype, padding=27)
+    hidden, weight, targets = inputs(dtype, padding=27, device=device)
     _, d_hidden, d_weight = differentiate(fused(targets), hidden, weight)
     kept = {"hidden": 1, "weight": 1 if dtype == torch.float32 else 2}  # d weight of 16 bits has lower halves
     for wanted, expected in (("hidden", d_hidden), ("weight", d_weight)):
@@ -318,17 +325,18 @@ def shards(words: int, padded: int, ranks: int):
     return [(table.weight.spec, table.first, table.rows) for table in tables]
 
 
+@devices
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("chunk", [1 << 22, 200])
 @pytest.mark.parametrize(("words", "ranks"), [(101, 2), (101, 3), (129, 5), (40, 4)], ids=str)
-def test_a_vocabulary_in_shards_is_the_whole(monkeypatch, words, ranks, chunk, dtype):
+def test_a_vocabulary_in_shards_is_the_whole(monkeypatch, device, words, ranks, chunk, dtype):
     """129 words over 5 ranks and 40 over 4 leave ranks without a word. Sums in another order: 1e-6 in fp32. In 16 bits
     logits, their gradients and up to five partial sums are rounded, by half an eps each: 4 eps. A target that is no
     rank's word is NaN on every rank."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk)
     padded = -(-words // 128) * 128
     tolerance = 1e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    hidden, weight, targets = inputs(dtype, words=words)
+    hidden, weight, targets = inputs(dtype, words=words, device=device)
     outside = targets.clone()
     outside[-1] = words
     parts = shards(words, padded, ranks)

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from megagpt2.kernels.extension import EXTENSION, Extension
-from tests.support.kernels import assert_as_exact, compiled, with_gradients
+from tests.support.kernels import assert_as_exact, compiled, devices, with_gradients
 from tests.support.operators import operators
 
 NAMES = [operator.name for operator in operators(1, 1)]
 PLAIN = [name for name in NAMES if name != "scale_mask_softmax"]  # its reference is slower at any size
 
 
-def operator_of(name: str, rows: int, width: int, probability: float = 0.0):
-    return next(operator for operator in operators(rows, width, probability) if operator.name == name)
+def operator_of(name: str, rows: int, width: int, probability: float = 0.0, device: str = "cpu"):
+    return next(operator for operator in operators(rows, width, probability, device) if operator.name == name)
 
 
 @compiled
@@ -48,6 +48,38 @@ def test_sums_over_many_rows_are_as_exact_as_torchs(name):
     for three in zip(found, exact, torchs, strict=True):
         if three[0].dim() == 1:
             assert_as_exact(*three, name)
+
+
+@compiled
+@devices
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bits_every_time(device, name):
+    """Result and gradients, the sums over 1,200 rows too."""
+    operator = operator_of(name, 600, 257, 0.3, device)
+    torch.manual_seed(1)
+    inputs = operator.inputs(torch.bfloat16, device)
+    dy = torch.randn_like(operator.ours(*inputs))
+    first, *others = (with_gradients(operator.ours, inputs, dy) for _ in range(4))
+    assert all(torch.equal(one, other) for found in others for one, other in zip(first, found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_beyond_the_31st_bit(name):
+    """The last rows of 2^31 elements and some more are what they are by themselves: no index is of 32 bits."""
+    operator = operator_of(name, 2**19 + 3, 2048, device="cuda")
+    if torch.cuda.mem_get_info()[0] < 70e9:
+        pytest.skip("needs 70 GB of the GPU's memory")
+    inputs = operator.inputs(torch.bfloat16, "cuda")
+    with torch.no_grad():
+        dy = torch.randn_like(operator.ours(*inputs))
+    found = with_gradients(operator.ours, inputs, dy)
+    last = [x[..., -5:, :].clone() if x.dim() > 1 else x for x in inputs]
+    expected = with_gradients(operator.ours, last, dy[..., -5:, :].clone())
+    assert found[0].numel() > 2**31
+    for one, other in zip(found, expected, strict=True):
+        if one.dim() > 1:  # not the sums over all rows
+            assert torch.equal(one[..., -5:, :], other)
 
 
 @compiled

@@ -33,14 +33,14 @@ class Operator:
     reference: Callable[..., Tensor]
     shapes: list[tuple[int, ...]]
 
-    def inputs(self, dtype: torch.dtype) -> list[Tensor]:
-        return [torch.randn(shape).to(dtype) for shape in self.shapes]
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        return [torch.randn(shape, device=device).to(dtype) for shape in self.shapes]
 
 
-def operators(rows: int, width: int, probability: float = 0.0) -> list[Operator]:
+def operators(rows: int, width: int, probability: float = 0.0, device: str = "cpu") -> list[Operator]:
     """On x [2, rows, width]; attention weights for `rows` queries and `width` keys."""
     x, vector = (2, rows, width), (width,)
-    drop = {"samples": torch.tensor([5, 2**40]), "key": KEY, "probability": probability, "start": 3}
+    drop = {"samples": torch.tensor([5, 2**40], device=device), "key": KEY, "probability": probability, "start": 3}
     weights = None if probability == 0.0 else WeightDropout(drop["samples"], KEY, probability, 3)
 
     def stream(function, x, bias, residual, weight, norm_bias):

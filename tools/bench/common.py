@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from megagpt2.kernels.extension import EXTENSION
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # also works in a checkout that isn't installed
+
+from megagpt2.kernels.extension import EXTENSION  # noqa: E402
 
 _SHORTEST = {"cpu": 2e-3, "cuda": 20e-3}  # seconds: what is faster is repeated within one measurement
 
@@ -60,14 +64,15 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, str | int | float]:
-    """What a reader needs to know to compare."""
+def machine(device: str) -> dict[str, str | int | float]:
+    """What a reader needs to know to compare what was measured on `device`, "cpu" or "cuda"."""
     return {
         "processor": processor(), "cores": os.cpu_count() or 1, "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load": round(os.getloadavg()[0], 2),  # processes of others that want the cores
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__, "python": platform.python_version(), "operators": EXTENSION.describe("cpu"),
+        "torch": torch.__version__, "cuda": torch.version.cuda or "none", "python": platform.python_version(),
+        "operators": EXTENSION.describe(device),
     }
 
 
@@ -111,9 +116,9 @@ def table(rows: list[Row]) -> str:
                      for line in lines)
 
 
-def report(rows: list[Row], file: Path | None) -> None:
+def report(rows: list[Row], file: Path | None, device: str = "cpu") -> None:
     """Print the machine and the table; write {"machine", "rows"} to `file`."""
-    facts = machine()
+    facts = machine(device)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(table(rows))
     if file is not None:

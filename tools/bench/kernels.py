@@ -5,8 +5,8 @@
     python tools/bench/kernels.py --only layer_norm --compile
 
 The limit is what y.copy_(x) reaches in turns with them, 8192 x 1600 in bf16 on a CPU, 1 GB on a GPU. Peers are torch's
-eager mode and, with --compile, torch.compile. docs/kernels.md counts the bytes. An operator around matrix products is
-measured in TFLOP/s, and its limit is a product's rate.
+eager mode, with --compile torch.compile, and on a GPU apex and liger-kernel where they can be imported. docs/kernels.md
+counts the bytes. An operator around matrix products is measured in TFLOP/s, and its limit is a product's rate.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ import ctypes
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["MEGAGPT2_OPERATORS"] = "always"  # before they are imported: ours, however small
 
 import torch  # noqa: E402
+import torch._functorch.config  # noqa: E402
 from common import Row, arguments, medians, report  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 from megagpt2.kernels.extension import EXTENSION  # noqa: E402
-from tools.bench.kernel_cases import Case  # noqa: E402
+from tools.bench.kernel_cases import Call, Case  # noqa: E402
 
 OPERATORS = sorted(p.stem for p in (Path(__file__).parent / "kernel_cases").glob("*.py") if p.stem != "__init__")
 CPU_COPY, GPU_COPY = 8192 * 1600, 500_000_000  # elements of bf16
@@ -50,7 +48,7 @@ class Limit:
     name: str
     metric: str
     unit: str
-    call: Callable[[], object]
+    call: Call
     work: float
 
 
@@ -68,14 +66,28 @@ def limits(device: str, small: bool) -> tuple[Limit, Limit]:
     )
 
 
+def calls_of(case: Case, compiled: bool) -> dict[str, Call]:
+    """Ours and its peers. A peer that fails here is left out, with a line that says so: they aren't ours to mend."""
+    calls = {"ours": case.ours, "eager": case.timed(case.peers["eager"])}
+    others = {name: function for name, function in case.peers.items() if name != "eager"}
+    if compiled:
+        torch.compiler.reset()
+        others["compile"] = torch.compile(case.peers["eager"])
+    for name, function in others.items():
+        try:
+            calls[name] = case.timed(function)
+            calls[name]()
+        except Exception as error:
+            print(f"  {case.name}: {name} is left out: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            calls.pop(name, None)
+    return calls
+
+
 def measure(case: Case, machine: tuple[Limit, Limit], options) -> Iterator[Row]:
     """Ours, its peers and the machine's limit in turns; then what they hold, where a case asks for it."""
     copy, gemm = machine
     limit, work = (gemm, case.operations / 1e12) if case.operations else (copy, case.bytes / 1e9)
-    calls = {"ours": case.ours, "eager": case.eager, **case.peers, "limit": limit.call}
-    if options.compile and case.compiled is not None:
-        torch.compiler.reset()
-        calls["compile"] = torch.compile(case.compiled)
+    calls = {**calls_of(case, options.compile), "limit": limit.call}
     seconds = medians(calls, options.repetitions, options.device)
     most = limit.work / seconds.pop("limit")
     speed = {name: work / value for name, value in seconds.items()}
@@ -102,6 +114,7 @@ def main() -> int:
         return 2
     torch.set_num_threads(options.threads)
     keep_memory()
+    torch._functorch.config.donated_buffer = False  # compiled backward passes may run again, as eager's do
     machine = limits(options.device, options.small)
     seconds = medians({limit.name: limit.call for limit in machine}, options.repetitions, options.device)
     rows = [Row("kernels", limit.name, limit.metric, limit.work / seconds[limit.name], limit.unit) for limit in machine]
@@ -111,7 +124,7 @@ def main() -> int:
             for row in measure(case, machine, options):
                 rows.append(row)
                 print(f"  {row.case}: {row.value:.3g} {row.unit}", file=sys.stderr, flush=True)
-    report(rows, options.json)
+    report(rows, options.json, options.device)
     return 0
 
 

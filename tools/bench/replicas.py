@@ -10,15 +10,11 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
-from common import Row, arguments, report
+from common import ROOT, Row, arguments, report
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.support.pool import Pool  # noqa: E402
+from tests.support.pool import Pool
 
 EVERY = 100
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megagpt2.kernels import bias_dropout_add as kernel
-from tools.bench.kernel_cases import Case
+from tools.bench.kernel_cases import Case, backward, forward
 
 BATCH, WIDTH, KEY = 8, 1600, (1, 2)
 
@@ -31,17 +31,16 @@ def _of(rows: int, probability: float, name: str, dtype: torch.dtype, device: st
     moved, case = x.numel() * x.element_size(), f"{rows}x{WIDTH} {name} p={probability:g}"
     arguments = (samples, KEY, probability)
 
-    def eager(x=x, bias=bias, residual=residual):
+    def eager(x, bias, residual):
         return residual + F.dropout(x + bias, probability, training=probability > 0)
 
     yield Case(
         f"bias_dropout_add forward {case}", 3 * moved,
-        lambda: kernel.bias_dropout_add(x, bias, residual, *arguments), eager, compiled=eager,
+        lambda: kernel.bias_dropout_add(x, bias, residual, *arguments), forward(x, bias, residual), {"eager": eager},
     )
     leaves = [t.clone().requires_grad_() for t in (x, bias, residual)]
-    z = eager(*leaves)
     yield Case(
         f"bias_dropout_add backward {case}", (2 if probability else 1) * moved,
         lambda: torch.ops.megagpt2.bias_dropout_add_backward(dz, samples, *KEY, probability, 0),
-        lambda: torch.autograd.grad(z, leaves, dz, retain_graph=True),
+        backward(leaves, dz), {"eager": eager},
     )

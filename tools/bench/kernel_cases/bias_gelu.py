@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from megagpt2.kernels import bias_gelu as kernel
-from tools.bench.kernel_cases import Case
+from tools.bench.kernel_cases import Case, backward, forward
 
 
 def cases(device: str, small: bool) -> Iterator[Case]:
@@ -22,16 +22,13 @@ def _of(rows: int, width: int, name: str, dtype: torch.dtype, device: str) -> It
     bias = torch.randn(width, device=device).to(dtype)
     moved = x.numel() * x.element_size()
 
-    def eager():
-        return kernel.bias_gelu_reference(x, bias)
-
+    peers = {"eager": kernel.bias_gelu_reference}
     yield Case(
-        f"bias_gelu forward {rows}x{width} {name}", 2 * moved, lambda: kernel.bias_gelu(x, bias), eager, compiled=eager
+        f"bias_gelu forward {rows}x{width} {name}", 2 * moved,
+        lambda: kernel.bias_gelu(x, bias), forward(x, bias), peers,
     )
     leaves = [t.clone().requires_grad_() for t in (x, bias)]
-    y = kernel.bias_gelu_reference(*leaves)
     yield Case(
         f"bias_gelu backward {rows}x{width} {name}", 3 * moved,
-        lambda: torch.ops.megagpt2.bias_gelu_backward(dy, x, bias),
-        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+        lambda: torch.ops.megagpt2.bias_gelu_backward(dy, x, bias), backward(leaves, dy), peers,
     )

@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from megagpt2.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics, head_cross_entropy
 from megagpt2.kernels.extension import EXTENSION
-from tools.bench.kernel_cases import Case
+from tools.bench.kernel_cases import Case, backward, forward, library
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -31,7 +31,10 @@ def our_head(hidden, weight, targets):
     return head_cross_entropy(hidden, weight, targets, 0, len(weight))
 
 
-HEADS = {"ours": our_head, "eager": eager_head}
+def heads(device: str) -> dict:
+    """"ours", "eager" and what else is there."""
+    liger = library("liger_kernel.transformers.functional:liger_fused_linear_cross_entropy", device)
+    return {"ours": our_head, "eager": eager_head} | ({"liger": liger} if liger else {})
 
 
 def leaves(tokens: int, words: int, width: int, dtype: torch.dtype, device: str):
@@ -57,36 +60,35 @@ def _passes(tokens: int, words: int, name: str, dtype: torch.dtype, device: str)
     targets = torch.randint(words, (tokens,), device=device)
     moved = logits.numel() * logits.element_size()
 
-    def eager():
-        return F.cross_entropy(logits, targets, reduction="none")
-
     yield Case(
         f"cross_entropy_statistics {tokens}x{words} {name}", moved,
-        lambda: cross_entropy_statistics(logits, targets, 0, words), eager, compiled=eager,
+        lambda: cross_entropy_statistics(logits, targets, 0, words), forward(logits, targets),
+        {"eager": partial(F.cross_entropy, reduction="none")},
     )
     maximum, total, _ = cross_entropy_statistics(logits, targets, 0, words)
-    gradient, leaf = logits.clone(), logits.clone().requires_grad_()
-    loss = F.cross_entropy(leaf, targets)
+    gradient = logits.clone()
     yield Case(
         f"cross_entropy_gradient_ {tokens}x{words} {name}", 2 * moved,
         lambda: cross_entropy_gradient_(gradient, targets, maximum, total, 0, words),
-        lambda: torch.autograd.grad(loss, leaf, retain_graph=True),
+        backward([logits.clone().requires_grad_()], None), {"eager": lambda logits: F.cross_entropy(logits, targets)},
     )
 
 
 def _head(shape: tuple[int, int, int], name: str, dtype: torch.dtype, device: str) -> Case:
     inputs = leaves(*shape, dtype, device)
 
-    def differentiated(head):
+    peers = heads(device)
+
+    def timed(head):
         return lambda: torch.autograd.grad(head(*inputs), inputs[:2])
 
     def memory() -> dict[str, float]:
-        return {which: _memory(which, shape, name, device) for which in HEADS}
+        return {which: _memory(which, shape, name, device) for which in heads(device)}
 
     return Case(
         f"cross_entropy forward+backward {'x'.join(map(str, shape))} {name}",
         2 * sum(x.numel() * x.element_size() for x in inputs[:2]),
-        differentiated(our_head), differentiated(eager_head), operations=6 * math.prod(shape), memory=memory,
+        timed(peers.pop("ours")), timed, peers, operations=6 * math.prod(shape), memory=memory,
     )
 
 
@@ -112,13 +114,14 @@ def main() -> None:
         sys.exit(f"cross_entropy: {problem}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
     warm, inputs = (leaves(n, w, int(width), dtype, device) for n, w in ((256, 256), (int(tokens), int(words))))
-    torch.autograd.grad(HEADS[which](*warm), warm[:2])  # what torch loads and keeps
+    head = heads(device)[which]
+    torch.autograd.grad(head(*warm), warm[:2])  # what torch loads and keeps
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
         before, peak = _held("VmRSS"), lambda: _held("VmHWM")
-    gradients = torch.autograd.grad(HEADS[which](*inputs), inputs[:2])
+    gradients = torch.autograd.grad(head(*inputs), inputs[:2])
     returned = sum(g.numel() * g.element_size() for g in gradients)
     print(max(peak() - before - returned, 4096))  # what is below a page isn't seen
 

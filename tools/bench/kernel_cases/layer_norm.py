@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megagpt2.kernels import layer_norm as kernel
-from tools.bench.kernel_cases import Case
+from tools.bench.kernel_cases import Case, backward, forward, library
 
 EPSILON = 1e-5
 
@@ -27,18 +27,21 @@ def _of(rows: int, width: int, name: str, dtype: torch.dtype, device: str) -> It
     weight, bias = (torch.randn(width, device=device).to(dtype) for _ in range(2))
     moved = x.numel() * x.element_size()
 
-    def eager(x=x):
+    def eager(x, weight, bias):
         return F.layer_norm(x, (width,), weight, bias, EPSILON)
 
+    peers = {"eager": eager}
+    if apex := library("apex.normalization.fused_layer_norm:fused_layer_norm_affine", device):
+        peers["apex"] = lambda x, weight, bias: apex(x, weight, bias, (width,), EPSILON)
+    if liger := library("liger_kernel.transformers.functional:liger_layer_norm", device):
+        peers["liger"] = lambda x, weight, bias: liger(x, weight, bias, EPSILON)
     yield Case(
         f"layer_norm forward {rows}x{width} {name}", 2 * moved,
-        lambda: kernel.layer_norm(x, weight, bias, EPSILON), eager, compiled=eager,
+        lambda: kernel.layer_norm(x, weight, bias, EPSILON), forward(x, weight, bias), peers,
     )
     _, mean, rstd = torch.ops.megagpt2.layer_norm(x, weight, bias, EPSILON)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    y = F.layer_norm(leaves[0], (width,), *leaves[1:], EPSILON)
     yield Case(
         f"layer_norm backward {rows}x{width} {name}", 3 * moved,
-        lambda: torch.ops.megagpt2.layer_norm_backward(dy, x, mean, rstd, weight, None),
-        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+        lambda: torch.ops.megagpt2.layer_norm_backward(dy, x, mean, rstd, weight, None), backward(leaves, dy), peers,
     )

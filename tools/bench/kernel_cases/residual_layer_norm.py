@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megagpt2.kernels import residual_layer_norm as kernel
-from tools.bench.kernel_cases import Case
+from tools.bench.kernel_cases import Case, backward, forward
 
 BATCH, WIDTH, KEY, EPSILON = 8, 1600, (1, 2), 1e-5
 
@@ -30,21 +30,21 @@ def _of(rows: int, probability: float, name: str, dtype: torch.dtype, device: st
     moved, case = x.numel() * x.element_size(), f"{rows}x{WIDTH} {name} p={probability:g}"
     tensors = (x, bias, residual, weight, norm_bias)
 
-    def eager(x=x, bias=bias, residual=residual, weight=weight, norm_bias=norm_bias):
+    def eager(x, bias, residual, weight, norm_bias):
         z = residual + F.dropout(x + bias, probability, training=probability > 0)
         return z, F.layer_norm(z, (WIDTH,), weight, norm_bias, EPSILON)
 
     yield Case(
         f"residual_layer_norm forward {case}", 4 * moved,
-        lambda: kernel.residual_layer_norm(*tensors, EPSILON, samples, KEY, probability), eager, compiled=eager,
+        lambda: kernel.residual_layer_norm(*tensors, EPSILON, samples, KEY, probability), forward(*tensors),
+        {"eager": eager},
     )
     leaves = [t.clone().requires_grad_() for t in tensors]
-    outputs = eager(*leaves)
     z, _, mean, rstd = torch.ops.megagpt2.residual_layer_norm(*tensors, EPSILON, samples, *KEY, probability, 0)
     yield Case(
         f"residual_layer_norm backward {case}", (5 if probability else 4) * moved,
         lambda: torch.ops.megagpt2.residual_layer_norm_backward(
             dy, dz, z, mean, rstd, weight, samples, *KEY, probability, 0
         ),
-        lambda: torch.autograd.grad(outputs, leaves, [dz, dy], retain_graph=True),
+        backward(leaves, [dz, dy]), {"eager": eager},
     )
