@@ -165,6 +165,8 @@ def build_engine(config: Config, plan: Plan, topology: Topology, device: torch.d
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     if config.offload.optimizer == "nvme":
         offload.keep_gradients_in_memory(engine.optimizer)
+    if config.offload.optimizer == "cpu" and config.parallel.zero_stage < 3:
+        offload.forget_overflowed_gradients(engine.optimizer)
     offload.return_freed_memory()
     return Engine(engine, topology, config, plan, device, bounds)
 

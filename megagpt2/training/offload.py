@@ -161,6 +161,21 @@ def keep_gradients_in_memory(zero) -> None:
     zero.optimizer_swapper.swap_out_gradients = lambda **_: None
 
 
+def forget_overflowed_gradients(zero) -> None:
+    """Make DeepSpeed's stages 1 and 2 with states in memory drop the gradients of a step that overflowed.
+
+    They add to a buffer that only a step which is made takes away: the Inf would stay, and every later step be skipped.
+    """
+    reset = zero.reset_cpu_buffers
+
+    def reset_and_forget() -> None:
+        reset()
+        if zero.overflow:
+            zero.averaged_gradients.update(dict.fromkeys(zero.averaged_gradients))
+
+    zero.reset_cpu_buffers = reset_and_forget
+
+
 def return_freed_memory() -> None:
     """Give the system back what was freed. DeepSpeed copies all weights while it starts, in pieces below 32 MB, which
     the C library keeps: 4.4 GB of the 1542M model's 15 GB were such holes."""

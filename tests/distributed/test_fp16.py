@@ -19,7 +19,7 @@ from tests.support.parity import STEPS, assert_rounded_as, trained
 from tests.support.train import small_config
 
 FP16 = {"training.precision": "fp16"}
-SCALE = "training.initial_loss_scale"
+SCALE, STATES = "training.initial_loss_scale", "offload.optimizer"
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,12 @@ WARM = {"schedule.name": "linear", "schedule.warmup_steps": 4, "schedule.decay_s
         (2, {ZERO: 2}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
         (2, {ZERO: 3}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
         (2, {TP: 2}, 1, "rank 1 (stage 0, replica 0, shard 1), samples 14 to 15"),  # an all-reduce takes it to rank 0
+        (1, {STATES: "cpu"}, 0, "rank 0 (stage 0, replica 0, shard 0), samples 14 to 15"),
+        (2, {PP: 2, STATES: "cpu"}, 1, "rank 1 (stage 1, replica 0, shard 0), samples 14 to 15"),
+        (2, {ZERO: 2, STATES: "cpu"}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
+        (2, {ZERO: 3, STATES: "cpu"}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
     ],
-    ids=["one", "pp2-dp2", "dp2-zero2", "dp2-zero3", "tp2"],
+    ids=["one", "pp2-dp2", "dp2-zero2", "dp2-zero3", "tp2", "one-cpu", "pp2-cpu", "dp2-zero2-cpu", "dp2-zero3-cpu"],
 )
 def test_an_overflow_is_skipped_and_named(pool, ranks, layout, rank, place):
     """An Inf in the last micro-batch of the second step: it changes nothing, and the record says where it arose."""
@@ -113,7 +117,10 @@ def test_the_samples_that_are_named_are_those_that_were_read(micro_batch, replic
     assert describe([found], seen, micro_batch, replicas).endswith(f"samples {read[0]} to {read[-1]}")
 
 
-@pytest.mark.parametrize("precision, layout", [("fp32", {}), ("bf16", {ZERO: 2}), ("fp32", {ZERO: 3})])
+@pytest.mark.parametrize("precision, layout", [
+    ("fp32", {}), ("bf16", {ZERO: 2}), ("fp32", {ZERO: 3}), ("fp32", {ZERO: 1, STATES: "cpu"}),
+    ("bf16", {ZERO: 1, STATES: "cpu"}), ("bf16", {ZERO: 2, STATES: "cpu"}),
+])
 def test_a_gradient_that_is_not_finite_is_skipped_without_a_scaler_too(pool, precision, layout):
     changes = {"training.precision": precision, **WARM, **layout}
     for answer in pool.run("tests.support.overflow:run", 2, changes=changes, steps=3, layer=1, rank=1, call=5):
