@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.parity import Errors, assert_exact, clipped_length, trained
+from tests.support.matrix import BF16_FLOOR
+from tests.support.parity import Errors, assert_exact, assert_rounded_as, clipped_length, trained
 
 TP, PP, SP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.sequence_parallel"
 ZERO = "parallel.zero_stage"
@@ -30,6 +31,13 @@ def test_tied_copies_stay_equal_over_three_replicas_of_two_stages(pool):
     batch = {"batch.global_batch": 12}
     reference = trained(pool, 1, batch, "train_plain")
     agree(trained(pool, 6, {PP: 2, **batch}), reference)
+
+
+def test_three_replicas_of_two_stages_in_bf16(pool):
+    """Where the tied pair's gradients are DeepSpeed's fp32 sums, not the parameters' own."""
+    batch, bf16 = {"batch.global_batch": 12, "batch.micro_batch": 2}, {"training.precision": "bf16"}
+    exact, rounded = (trained(pool, 1, {**batch, **changes}, "train_plain") for changes in ({}, bf16))
+    assert_rounded_as(trained(pool, 6, {PP: 2, **batch, **bf16}), exact, rounded, BF16_FLOOR)
 
 
 def test_words_that_do_not_divide(pool):

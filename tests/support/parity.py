@@ -99,7 +99,8 @@ def assert_rounded_as(found: Trained, exact: Trained, rounded: Trained, floor: f
 
     Rounding errors of the two are different draws: twice is allowed, and no tensor is held to less than `floor`. A
     step's gradient norm is one number, and after some steps in low precision one process's errors go from 1e-3 to 4e-3
-    by seed: what counts is the largest of several seeds (`rounded.adam[0]["norm_error"]`).
+    by seed: what counts is the largest of several seeds (`rounded.adam[0]["norm_error"]`). Weights count together: Adam
+    turns a gradient that is nearly zero, and rounded to the other sign, into a whole step of a single element.
     """
     truth = _reported(exact.adam[0])
     rounding = np.abs(_reported(rounded.adam[0]) - truth).max()
@@ -111,11 +112,19 @@ def assert_rounded_as(found: Trained, exact: Trained, rounded: Trained, floor: f
     norms, plain_norms = _norm_error(found.adam[0], exact.adam[0]), rounded.adam[0]["norm_error"]
     assert norms <= max(2 * plain_norms, floor / 4), f"gradient norms: {norms}, one process {plain_norms}"
     assert not wrong, f"(error, one process's error) of gradients: {wrong}"
+    moved, plain_moved = (_distance(whole(run.adam, "after"), whole(exact.adam, "after")) for run in (found, rounded))
+    assert moved <= 1.25 * plain_moved, f"weights after {STEPS} steps: {moved} from fp32's, one process {plain_moved}"
 
 
 def _norm_error(found: dict, expected: dict) -> float:
     """Of the gradient norms of all steps."""
     return error(np.array(found["norms"]), np.array(expected["norms"]))
+
+
+def _distance(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Euclidean, over all weights."""
+    squares = (np.square(without_keys(n, found[n] - expected[n]), dtype=np.float64).sum() for n in expected)
+    return float(np.sqrt(sum(squares)))
 
 
 def _reported(part: dict) -> np.ndarray:
