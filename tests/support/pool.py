@@ -16,21 +16,15 @@ import gc
 import importlib
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from multiprocessing.connection import wait
 
 import psutil
+from torch.distributed import TCPStore
 
 _START = 120.0  # seconds for the workers to import everything
 _MOST_THREADS = 250  # of a worker: DeepSpeed's ZeRO-3 never lets go of its groups, and each has threads
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _reset_deepspeed() -> None:
@@ -67,7 +61,8 @@ def _serve(rank: int, pipe) -> None:
         )
         try:
             _reset_deepspeed()
-            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+            store = dist.TCPStore("127.0.0.1", port, is_master=False)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
             deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, auto_mpi_discovery=False,
                                        verbose=False)
             module, name = function.rsplit(":", 1)
@@ -127,10 +122,11 @@ class Pool:
         if ranks > self.size:
             raise ValueError(f"{ranks} ranks asked of a pool of {self.size}")
         self.start(ranks)
-        port = _free_port()
+        # Here, where it listens before its port is told: one that is chosen and then opened may be taken meanwhile.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipes = [pipe for _, pipe in self.workers[:ranks]]
         for pipe in pipes:
-            pipe.send((function, arguments, ranks, port))
+            pipe.send((function, arguments, ranks, store.port))
         answers: dict[int, tuple] = {}
         deadline = time.monotonic() + timeout
         while len(answers) < ranks:
