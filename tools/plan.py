@@ -77,8 +77,9 @@ def stage_table(config: Config, plan: Plan, places: list[BuiltPlace]) -> list[li
     head = ["stage", "layers", "blocks", "time", "parameters per rank", *KINDS, "total"]
     offloading = any(built.bytes.host for built in places)
     rows = [head + ["host"] * offloading]
-    bounds = stage_bounds(config.model, plan.sequence_length, plan.pipeline)
-    shares = stage_shares(config.model, plan.sequence_length, bounds)
+    recompute = plan.activation_checkpointing
+    bounds = stage_bounds(config.model, plan.sequence_length, plan.pipeline, recompute)
+    shares = stage_shares(config.model, plan.sequence_length, bounds, recompute)
     for stage, group in groupby(places, key=lambda built: built.place.stage):
         shards = list(group)
         fullest = max(shards, key=lambda built: built.bytes.total).bytes

@@ -46,7 +46,7 @@ def built_places(
 
     group: the tensor-parallel group that the layers talk in; building takes none, running them does.
     """
-    bounds = stage_bounds(config.model, plan.sequence_length, plan.pipeline)
+    bounds = stage_bounds(config.model, plan.sequence_length, plan.pipeline, plan.activation_checkpointing)
     plans = layer_plans(config.model, plan.activation_checkpointing)
     grid = Topology(plan.tensor, plan.pipeline, plan.data)
     for stage, (start, stop) in enumerate(pairwise(bounds)):
