@@ -68,5 +68,6 @@ def _described(config: Config, plan: Plan, stage: int, shard: int, module: Stage
         small=sum(size for size in sizes if size <= whole),
         blocks=sum(name.startswith("h.") for name in module.names),
         head_rows=module.embedding.weight.shape[0] if module.last else 0,
+        largest=max(sizes),
     )
     return BuiltPlace(place, tuple(module.names), rank_bytes(config, plan, place))
