@@ -123,7 +123,8 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
     if (config.offload.optimizer, config.offload.parameters) != ("none", "none"):
         rows["offload"] = f"optimizer {config.offload.optimizer}, parameters {config.offload.parameters}"
     if engine.bounds:
-        rows["stages"] = "; ".join(map(str, stage_shares(model, config.sequence_length, engine.bounds)))
+        shares = stage_shares(model, config.sequence_length, engine.bounds, parallel.activation_checkpointing)
+        rows["stages"] = "; ".join(map(str, shares))
     return rows
 
 

@@ -1,7 +1,7 @@
 """Train the small model on every legal layout, and tabulate how far each is from plain torch on one process.
 
     python tools/check_layouts.py                                     all of them: some 25 minutes on two cores
-    python tools/check_layouts.py --pairwise                          a few that hold every pair of choices
+    python tools/check_layouts.py --pairwise                          a few with every pair of choices: the fast tests'
     python tools/check_layouts.py --update docs/measurements.md       and write the table there
     python tools/check_layouts.py --precision fp32 --ranks 1 2
 
@@ -26,10 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.matrix import WORLDS, References, all_layouts, check_layout, pairwise_cover  # noqa: E402
+from megagpt2.config.rules import Plan  # noqa: E402
+from tests.support.matrix import COVERED, WORLDS, References, all_layouts, check_layout, fast_cover  # noqa: E402
 from tests.support.parity import Errors  # noqa: E402
 from tests.support.pool import Pool  # noqa: E402
 
+PRECISIONS = ("fp32", "bf16")
+TOLD_EVERY = 10  # layouts, where the progress bar has no terminal
 BEGIN, END = "<!-- layouts: begin -->", "<!-- layouts: end -->"
 
 
@@ -64,36 +67,85 @@ def replace_section(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def main() -> int:
+class Progression:
+    """How far it is: a bar on a terminal, else a line on stderr every few layouts and after each number of ranks."""
+
+    def __init__(self, plans: list[Plan], console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._plans, self._done, self._begin = plans, 0, time.monotonic()
+        self._bar = Progress(*columns, console=console) if console.is_terminal else None
+        self._task = self._bar.add_task("layouts", total=len(plans)) if self._bar else None
+
+    def __enter__(self) -> Progression:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def begins(self, plan: Plan) -> None:
+        if self._bar:
+            self._bar.update(self._task, description=f"{plan.name} {plan.precision}")
+
+    def ended(self, plan: Plan) -> None:
+        self._done += 1
+        if self._bar:
+            self._bar.advance(self._task)
+            return
+        following = self._plans[self._done : self._done + 1]
+        if self._done % TOLD_EVERY == 0 or [after.world_size for after in following] != [plan.world_size]:
+            minutes = (time.monotonic() - self._begin) / 60
+            print(
+                f"layouts: {self._done} of {len(self._plans)} after {minutes:.1f} minutes, the last one {plan.name}"
+                f" {plan.precision}", file=sys.stderr, flush=True,
+            )
+
+
+def why_no_table(arguments: argparse.Namespace) -> str | None:
+    """Why --update can't be: the table of the page is of all layouts in both precisions, in a place of its own."""
+    given = {
+        "--pairwise": arguments.pairwise, "--ranks": arguments.ranks is not None,
+        "--precision": arguments.precision is not None,
+    }
+    if partial := [option for option, is_given in given.items() if is_given]:
+        return (
+            f"--update writes the table of all layouts over {arguments.update}'s, and {' and '.join(partial)} would"
+            " leave some out: give --update alone, or leave it out"
+        )
+    if not all(mark in arguments.update.read_text("utf-8") for mark in (BEGIN, END)):
+        return f"{arguments.update} lacks {BEGIN} and {END}: name a file that has them"
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--ranks", nargs="+", type=int, choices=WORLDS, default=WORLDS, metavar="N")
-    parser.add_argument("--pairwise", action="store_true", help="only the cover that the fast tests run")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: both")
+    parser.add_argument("--ranks", nargs="+", type=int, choices=WORLDS, metavar="N", help="default: 1 to 4")
+    parser.add_argument("--pairwise", action="store_true", help="only the fast tests' cover, of 1, 2 and 4 ranks")
     parser.add_argument("--update", type=Path, metavar="FILE", help=f"write the table between {BEGIN} and {END}")
-    arguments = parser.parse_args()
-    if arguments.update and not all(mark in arguments.update.read_text("utf-8") for mark in (BEGIN, END)):
-        print(f"layouts: {arguments.update} lacks {BEGIN} and {END}: name a file that has them", file=sys.stderr)
+    arguments = parser.parse_args(argv)
+    if arguments.update and (why := why_no_table(arguments)):
+        print(f"layouts: {why}", file=sys.stderr)
         return 2
-    plans = all_layouts(arguments.precision, arguments.ranks)
-    if arguments.pairwise:
-        plans = pairwise_cover(plans)
+    choose, worlds = (fast_cover, COVERED) if arguments.pairwise else (all_layouts, WORLDS)
+    plans = choose(arguments.precision or PRECISIONS, arguments.ranks or worlds)
     console, begin = Console(highlight=False, soft_wrap=True), time.monotonic()
     pool, failed = Pool(max(plan.world_size for plan in plans)), 0
     rows: dict[str, dict[str, Errors]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         references = References(pool)
         plain = Errors.of(references.of("bf16", 1), references.of("fp32", 1))
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("layouts", total=len(plans))
+        with Progression(plans, console) as progress:
             for plan in plans:
-                progress.update(task, description=f"{plan.name} {plan.precision}")
+                progress.begins(plan)
                 try:
                     rows.setdefault(plan.name, {})[plan.precision] = check_layout(pool, plan, references)
                 except AssertionError as error:
                     failed += 1
                     console.print(f"{plan.name} in {plan.precision}: {error}", markup=False)
-                progress.advance(task)
+                progress.ended(plan)
     finally:
         pool.stop()
     text = markdown(rows, plain, time.monotonic() - begin)

@@ -34,7 +34,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="a YAML file, see configs/")
     parser.add_argument("--gpus", required=True, type=int, metavar="N", help="number of ranks, one device each")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="memory of one device, such as 80GiB: does it fit?")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="memory of one device, such as 80GiB (on CPUs: of one rank): does it fit?"
+    )
     parser.add_argument("--dry-run", action="store_true", help="build every rank's part, check the sums, run it once")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="e.g. parallel.tensor_parallel=2")
     return parser.parse_intermixed_args(argv)
@@ -74,15 +76,17 @@ def _range(values: Sequence[int], show=lambda value: f"{value:,}") -> str:
 
 def stage_table(config: Config, plan: Plan, places: list[BuiltPlace]) -> list[list[str]]:
     """One row per stage: what it holds, and the bytes of its fullest shard by kind."""
-    head = ["stage", "layers", "blocks", "time", "parameters per rank", *KINDS, "total"]
-    offloading = any(built.bytes.host for built in places)
-    rows = [head + ["host"] * offloading]
-    bounds = stage_bounds(config.model, plan.sequence_length, plan.pipeline)
-    shares = stage_shares(config.model, plan.sequence_length, bounds)
+    kinds = [kind for kind in KINDS if kind != "buffers" or any(built.bytes.buffers for built in places)]
+    elsewhere = [where for where in ("host", "files") if any(getattr(built.bytes, where) for built in places)]
+    shown = [*kinds, "total", *elsewhere]
+    rows = [["stage", "layers", "blocks", "time", "parameters per rank", *shown]]
+    recompute = plan.activation_checkpointing
+    bounds = stage_bounds(config.model, plan.sequence_length, plan.pipeline, recompute)
+    shares = stage_shares(config.model, plan.sequence_length, bounds, recompute)
     for stage, group in groupby(places, key=lambda built: built.place.stage):
         shards = list(group)
         fullest = max(shards, key=lambda built: built.bytes.total).bytes
-        sizes = [getattr(fullest, kind) for kind in KINDS] + [fullest.total] + [fullest.host] * offloading
+        sizes = [getattr(fullest, kind) for kind in shown]
         rows.append([
             str(stage), f"{shards[0].names[0]} .. {shards[0].names[-1]}", str(shards[0].place.blocks),
             f"{shares[stage].share:.1%}", _range([built.place.elements for built in shards]),
@@ -120,6 +124,20 @@ def fits(plan: Plan, places: list[BuiltPlace], memory: int | None) -> tuple[str,
     return f"fits: {where} needs about {show_bytes(need)} of {show_bytes(memory)} ({need / memory:.0%})", True
 
 
+def memory_notes(plan: Plan, places: list[BuiltPlace]) -> list[str]:
+    """What the table's bytes are, and what is not in them."""
+    besides = "the Python process (about 0.4 GiB) and what the C library keeps of freed memory"
+    if plan.device != "cpu":
+        besides = "CUDA's own and NCCL's buffers"
+    notes = [f"states are exact; activations and workspace are estimates, without {besides}"]
+    host, files = (max(getattr(built.bytes, where) for built in places) for where in ("host", "files"))
+    if host:
+        notes.append(f"host: main memory beside the device's, up to {show_bytes(host)} for each rank of a machine")
+    if files:
+        notes.append(f"files: in offload.nvme_path, up to {show_bytes(files)} for each rank; they take no memory")
+    return notes
+
+
 def dry_run_report(run: DryRun) -> list[str]:
     """What was checked, with its figures; or what is wrong."""
     plan = run.plan
@@ -154,7 +172,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\n{aligned(stage_table(config, plan, places))}\n")
     verdict, enough = fits(plan, places, memory)
     print(verdict)
-    print("states are exact; activations and workspace are estimates, without CUDA's own and NCCL's buffers")
+    print("\n".join(memory_notes(plan, places)))
     for warning in plan.warnings:
         print(f"warning: {warning}")
     if checked:

@@ -24,8 +24,17 @@ FEATURES: dict[str, dict[str, Any]] = {
     **{f"ZeRO {stage}": {"parallel.zero_stage": stage} for stage in range(4)},
     **{name: {"parallel.activation_checkpointing": name} for name in get_args(Recomputation) if name != "none"},
     **{name: {"training.precision": name} for name in ("bf16", "fp16", "fp32")},
+    **{
+        f"{what} {where}": {f"offload.{what}": where, **({"offload.nvme_path": "nvme"} if where == "nvme" else {})}
+        for what in ("optimizer", "parameters") for where in ("cpu", "nvme")
+    },
 }
 """What can be asked for, as changes to a request that asks for nothing of it."""
+
+NEEDS: dict[str, dict[str, Any]] = {
+    name: {"parallel.zero_stage": 3} for name in ("optimizer nvme", "parameters cpu", "parameters nvme")
+}
+"""What is asked for with it, where nothing else is said."""
 
 LAYOUT_RULES = (
     "world-divides", "heads-over-tensor", "matrices-over-tensor", "layers-over-pipeline", "zero-with-pipeline",
@@ -35,7 +44,7 @@ LAYOUT_RULES = (
 """The rules that speak of layouts; the others are in docs/reference/config.md."""
 
 DEVICES: dict[str, Facts] = {
-    "GPU from compute capability 8.0 on": Facts(8, "cuda", bf16=True, fp16=True),
+    "GPU from compute capability 8.0 on": Facts(8, "cuda", bf16=True, fp16=True, nvme=True),
     "older GPU": Facts(8, "cuda", bf16=False, fp16=True),
     "CPU with bf16 and fp16 instructions": Facts(8, "cpu", bf16=True, fp16=True),
     "CPU with bf16 instructions": Facts(8, "cpu", bf16=True),
@@ -69,6 +78,9 @@ def together(*features: str) -> dict[str, Any] | None:
         for field, value in FEATURES[feature].items():
             if changes.setdefault(field, value) != value:
                 return None
+    for feature in features:
+        for field, value in NEEDS.get(feature, {}).items():
+            changes.setdefault(field, value)
     return changes
 
 

@@ -13,9 +13,22 @@ in fp32):
 
 Unlike the paper's 2 P of fp16, gradients take 4 P: they are accumulated in fp32, and BF16_Optimizer keeps and reduces
 all of them under ZeRO 1. ZeRO 3 keeps parameters of at most stage3_param_persistence_threshold elements
-(100,000) whole: biases and norms. offload.optimizer puts masters, moments
-and one more fp32 gradient partition (which the update reads) into the host's memory or, under ZeRO 3, onto NVMe;
-offload.parameters the parameters.
+(100,000) whole: biases and norms.
+
+Offload moves some of that into the host's main memory or into files on NVMe, and needs buffers beside it (n: elements
+of the largest parameter here, g: of a sub-group, at most max(20,000,000, n / d)). On a CPU the host's memory is the
+device's: there only files take less.
+
+    optimizer: cpu     host: masters, moments, a second fp32 gradient partition, which the update reads
+      ZeRO 0 to 2      host: e P / d updated weights on their way back, e n; device: e n; gradients stay on the device,
+                       but in fp32 under ZeRO 2
+      ZeRO 3           host: gradients
+    optimizer: nvme    files: masters, moments; host: gradients, 3 x 4 g for the sub-group that is updated
+    parameters: cpu    host: parameters
+    parameters: nvme   files: parameters; host: e (5 n / d + g)
+
+Not in it: the Python process with its libraries (0.4 GiB of a CPU rank's memory), what the C library keeps of freed
+memory, and sub-groups below 1 MiB, which DeepSpeed leaves in memory.
 
 Activations (Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models", section 4,
 equations 1 to 4), counted for what our own blocks save for the backward pass. Bytes per token of a micro-batch, of a
@@ -49,15 +62,19 @@ from megagpt2.config.schema import Config, ModelConfig
 from megagpt2.model.parameters import partition
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-KINDS = ("parameters", "gradients", "masters", "moments", "activations", "workspace")
+KINDS = ("parameters", "gradients", "masters", "moments", "buffers", "activations", "workspace")
+SUB_GROUP = 20_000_000  # on NVMe: parameters updated at once; a larger tensor (the embedding) is one by itself
+STATE_BUFFERS = 3  # on NVMe: of a sub-group's size, for master and two moments
+PARAMETER_BUFFERS = 5  # on NVMe: of the largest parameter's size
 _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of reduce_bucket_size, and of BF16_Optimizer's all-reduce
 _WHOLE_UP_TO = 100_000  # its default of stage3_param_persistence_threshold
 _LIVE_ELEMENTS = 1_000_000_000  # its default of stage3_max_live_parameters
+_NORM_ELEMENTS = 250_000_000  # of an offloaded gradient that are squared at once under ZeRO 3
 
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Bytes of one rank's device memory by kind; `host` is what offloading keeps in main memory or on NVMe instead."""
+    """Bytes of one rank's device memory by kind; `host` and `files` are what offloading keeps elsewhere."""
 
     parameters: int
     gradients: int
@@ -65,12 +82,14 @@ class RankBytes:
     moments: int
     activations: int  # estimate
     workspace: int  # estimate: what comes and goes beside them, at the fullest moment of a step
-    host: int = 0
+    buffers: int = 0  # what offloading needs beside the states
+    host: int = 0  # main memory, where it is not the device's
+    files: int = 0  # on NVMe
 
     @property
     def states(self) -> int:
         """What stays between steps."""
-        return self.parameters + self.gradients + self.masters + self.moments
+        return self.parameters + self.gradients + self.masters + self.moments + self.buffers
 
     @property
     def total(self) -> int:
@@ -88,26 +107,54 @@ class Place:
     blocks: int
     head_rows: int = 0  # rows of the embedding where the loss is computed, 0 elsewhere
     small: int = 0  # elements of the parameters that ZeRO 3 keeps whole
+    largest: int = 0  # elements of the largest parameter
 
 
 def rank_bytes(config: Config, plan: Plan, place: Place) -> RankBytes:
     """The formulas above for one place. Exact for states up to the alignment of flat buffers (a few elements per
     parameter group)."""
-    states = _states(config, plan, place)
+    states = {**_states(config, plan, place), "buffers": 0}
+    host, files = _offloaded(config, plan, place, states)
     activations = _activations(config, plan, place)
     forward, update = _workspace(config, plan, place)
     workspace = max(forward, update - activations)  # at the update the activations are gone
-    host = _saved_by_blocks(config, plan, place) * _in_flight(plan, place) if _inputs_wait_on_cpu(plan) else 0
-    if config.offload.optimizer != "none":
-        host += states["masters"] + states["moments"]
-        host += 4 * -(-place.elements // plan.data)
-        states["masters"] = states["moments"] = 0
-        if plan.zero_stage >= 2:
+    if plan.device == "cpu":  # there is one memory
+        states = {kind: states[kind] + host[kind] for kind in states}
+        host = {}
+    waiting = _saved_by_blocks(config, plan, place) * _in_flight(plan, place) if _inputs_wait_on_cpu(plan) else 0
+    return RankBytes(
+        **states, activations=activations, workspace=workspace, host=sum(host.values()) + waiting, files=files
+    )
+
+
+def _offloaded(config: Config, plan: Plan, place: Place, states: dict[str, int]) -> tuple[dict[str, int], int]:
+    """(bytes in main memory by kind, bytes in files); takes them off `states`, what the device holds."""
+    offload, zero = config.offload, _zero_options(config)
+    size, share = ELEMENT_BYTES[plan.precision], -(-place.elements // plan.data)
+    partition = -(-place.largest // plan.data)
+    group = min(share, max(partition, int(zero.get("sub_group_size", SUB_GROUP))))
+    host, files = dict.fromkeys(states, 0), 0
+    if offload.optimizer == "nvme":
+        files += states["masters"] + states["moments"]
+        host |= {"gradients": states["gradients"], "buffers": 4 * STATE_BUFFERS * group}
+        states |= {"masters": 0, "moments": 0, "gradients": 0}
+    elif offload.optimizer == "cpu":
+        host |= {"masters": states["masters"], "moments": states["moments"], "gradients": 4 * share}
+        states |= {"masters": 0, "moments": 0}
+        if plan.zero_stage == 3 or plan.zero_stage == 2 and plan.precision == "fp32":
+            host["gradients"] += states["gradients"]
             states["gradients"] = 0
-    if config.offload.parameters != "none":
-        host += states["parameters"]
-        states["parameters"] = 0
-    return RankBytes(**states, activations=activations, workspace=workspace, host=host)
+        if plan.zero_stage < 3:
+            host["buffers"] += size * (share + place.largest)
+            states["buffers"] += size * place.largest
+    if offload.parameters != "none":
+        if offload.parameters == "nvme":
+            files += size * share
+            host["buffers"] += size * (PARAMETER_BUFFERS * partition + group)
+        else:
+            host["parameters"] = size * share
+        states["parameters"] -= size * share  # those kept whole stay
+    return host, files
 
 
 def _states(config: Config, plan: Plan, place: Place) -> dict[str, int]:
@@ -189,6 +236,11 @@ def _workspace(config: Config, plan: Plan, place: Place) -> tuple[int, int]:
     else:  # stage 3: the bucket, and the parameters that are gathered
         live = int(zero.get("stage3_max_live_parameters", _LIVE_ELEMENTS))
         forward += size * bucket + (size * min(place.elements, live) if plan.data > 1 else 0)
+        # Backward's last gradient is the embedding's: itself, this rank's part of the reduced one, and that in fp32.
+        update += size * place.largest + (size + 4) * -(-place.largest // plan.data)
+    if offloaded:  # a gradient's norm is taken in fp64 while it is there
+        pieces = min(-(-place.largest // plan.data), _NORM_ELEMENTS)
+        update += 8 * (pieces if plan.zero_stage == 3 else place.largest)
     return forward, update
 
 

@@ -46,7 +46,7 @@ def built_places(
 
     group: the tensor-parallel group that the layers talk in; building takes none, running them does.
     """
-    bounds = stage_bounds(config.model, plan.sequence_length, plan.pipeline)
+    bounds = stage_bounds(config.model, plan.sequence_length, plan.pipeline, plan.activation_checkpointing)
     plans = layer_plans(config.model, plan.activation_checkpointing)
     grid = Topology(plan.tensor, plan.pipeline, plan.data)
     for stage, (start, stop) in enumerate(pairwise(bounds)):
@@ -68,5 +68,6 @@ def _described(config: Config, plan: Plan, stage: int, shard: int, module: Stage
         small=sum(size for size in sizes if size <= whole),
         blocks=sum(name.startswith("h.") for name in module.names),
         head_rows=module.embedding.weight.shape[0] if module.last else 0,
+        largest=max(sizes),
     )
     return BuiltPlace(place, tuple(module.names), rank_bytes(config, plan, place))

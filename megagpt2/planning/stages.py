@@ -1,7 +1,7 @@
 """How the layer list is cut into pipeline stages, and what each stage's share of the time is.
 
-The head costs as much as several blocks (2.5 in GPT-2 1542M, 5 in 117M): the list is cut by estimated time, not by the
-number of layers.
+The head costs as much as several blocks (2.5 in GPT-2 1542M, 5 in 117M; 2 and 4 where blocks are computed twice): the
+list is cut by estimated time, not by the number of layers.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class StageShare:
         return f"{self.names[0]} .. {self.names[-1]} ({blocks}, {100 * self.share:.1f} %)"
 
 
-def stage_bounds(model: ModelConfig, sequence: int, stages: int) -> list[int]:
+def stage_bounds(model: ModelConfig, sequence: int, stages: int, recompute: str) -> list[int]:
     """Stage s holds entries bounds[s] .. bounds[s + 1] - 1 of the model's layer list.
 
-    Raises ValueError where there are fewer blocks than stages.
+    recompute: parallel.activation_checkpointing. Raises ValueError where there are fewer blocks than stages.
     """
-    return balanced_bounds(layer_costs(model, sequence), stages, 2, 1 + model.layers)
+    return balanced_bounds(layer_costs(model, sequence, recompute), stages, 2, 1 + model.layers)
 
 
-def stage_shares(model: ModelConfig, sequence: int, bounds: list[int]) -> list[StageShare]:
+def stage_shares(model: ModelConfig, sequence: int, bounds: list[int], recompute: str) -> list[StageShare]:
     """What stands in each stage of these bounds."""
     names = [plan.name for plan in layer_plans(model)]
-    costs = layer_costs(model, sequence)
+    costs = layer_costs(model, sequence, recompute)
     whole = sum(costs)
     return [
         StageShare(

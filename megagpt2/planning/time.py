@@ -39,11 +39,27 @@ def token_flops(model: ModelConfig, sequence: int) -> float:
     return 3.0 * (model.layers * block_flops(model, sequence) + head_flops(model))
 
 
-def layer_costs(model: ModelConfig, sequence: int) -> list[float]:
-    """Relative time of each entry of the layer list (model/gpt2.py), for cutting pipeline stages."""
-    block = block_flops(model, sequence)
+def recomputed_flops(model: ModelConfig, sequence: int, recompute: str) -> float:
+    """FLOPs of one token that the backward pass of a block computes again (parallel.activation_checkpointing).
+
+    torch stops a recomputation at the last tensor that the backward pass needs. Scores that are written out, with
+    attention dropout, are made again without their product with v; a whole pre-LN block without residual dropout ends
+    at the input of its last matrix.
+    """
+    if recompute == "none":
+        return 0.0
+    if recompute == "selective":
+        return (1.0 if model.attention_dropout else 2.0) * model.width * sequence
+    needs_end = model.norm == "post" or model.residual_dropout
+    return block_flops(model, sequence) - (0.0 if needs_end else 2.0 * model.width * model.inner)
+
+
+def layer_costs(model: ModelConfig, sequence: int, recompute: str) -> list[float]:
+    """Relative time of each entry of the layer list (model/gpt2.py), for cutting pipeline stages: FLOPs of a token,
+    forward, recomputed and backward. The head's are never recomputed: its gradients are made in the forward pass."""
+    block = 3.0 * block_flops(model, sequence) + recomputed_flops(model, sequence, recompute)
     tail = [0.0] if model.norm == "pre" else []
-    return [0.0, 0.0, *[block] * model.layers, *tail, head_flops(model)]
+    return [0.0, 0.0, *[block] * model.layers, *tail, 3.0 * head_flops(model)]
 
 
 def model_tflops(model: ModelConfig, sequence: int, tokens_per_second: float, devices: int) -> float:

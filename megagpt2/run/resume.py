@@ -22,6 +22,7 @@ from megagpt2.run.material import Material
 from megagpt2.training.engine import Engine
 from megagpt2.training.loop import Progress
 from megagpt2.training.masters import MOMENTS, extents, fragments, local_weights, set_values
+from megagpt2.training.offload import return_freed_memory
 
 
 def agree_on_request(config: Config, plan: Plan, material: Material, device: torch.device) -> None:
@@ -92,12 +93,14 @@ def load_state(engine: Engine, loaded: Loaded | None) -> Progress:
         # Left to itself, ZeRO 1 and 2 link names to moments when only the first group has them: create them here.
         updates = 0 if moments else None
         set_values(engine.deepspeed, engine.topology, lambda spec: initial_value(spec, seed), updates)
+        return_freed_memory()
         return Progress()
     state = loaded.state
     if moments:
         set_values(engine.deepspeed, engine.topology, loaded.master, state.updates, loaded.moment)
     else:
         set_values(engine.deepspeed, engine.topology, loaded.master)
+    return_freed_memory()
     engine.load_scaler(state.loss_scaler)
     return Progress(state.step, state.samples_seen, state.updates, tuple(state.losses))
 

@@ -134,7 +134,7 @@ def _construct(config: Config, topology: Topology) -> tuple[nn.Module, list[int]
     recompute = config.parallel.activation_checkpointing
     if topology.pipeline == 1:
         return GPT2(config.model, builder, recompute), None
-    bounds = stage_bounds(config.model, config.sequence_length, topology.pipeline)
+    bounds = stage_bounds(config.model, config.sequence_length, topology.pipeline, recompute)
     return Pipeline(layer_plans(config.model, recompute), bounds, builder, topology), bounds
 
 

@@ -28,10 +28,7 @@ import torch.distributed as dist
 from megagpt2.config.errors import ConfigError
 from megagpt2.config.rules import Plan
 from megagpt2.config.schema import Config
-
-SUB_GROUP = 20_000_000  # parameters updated at once; a larger tensor (the embedding) is one by itself
-_STATE_BUFFERS = 3  # master and two moments
-_PARAMETER_BUFFERS = 5
+from megagpt2.planning.memory import PARAMETER_BUFFERS, STATE_BUFFERS, SUB_GROUP
 
 
 def run_folder(config: Config) -> Path:
@@ -59,10 +56,10 @@ def options(config: Config, plan: Plan) -> dict[str, Any]:
         section["offload_param"] = {"device": offload.parameters}
     if offload.optimizer == "nvme":
         section["sub_group_size"] = SUB_GROUP
-        section["offload_optimizer"] |= {"nvme_path": str(run_folder(config)), "buffer_count": _STATE_BUFFERS}
+        section["offload_optimizer"] |= {"nvme_path": str(run_folder(config)), "buffer_count": STATE_BUFFERS}
     if offload.parameters == "nvme":
         section["offload_param"] |= {
-            "nvme_path": str(run_folder(config)), "buffer_count": _PARAMETER_BUFFERS, "max_in_cpu": 0,
+            "nvme_path": str(run_folder(config)), "buffer_count": PARAMETER_BUFFERS, "max_in_cpu": 0,
             "buffer_size": -(-largest_tensor(config, plan) // plan.data) + 1024,
         }
         # A parameter keeps its buffer while it is gathered: with those that DeepSpeed would gather early or keep for
@@ -81,10 +78,10 @@ def bytes_per_rank(config: Config, plan: Plan) -> tuple[int, int]:
     if config.offload.optimizer == "nvme":
         states = 3 if config.optimizer.name == "adamw" else 1
         disk += 4 * states * parameters
-        locked += 4 * _STATE_BUFFERS * min(parameters, max(partition, SUB_GROUP))
+        locked += 4 * STATE_BUFFERS * min(parameters, max(partition, SUB_GROUP))
     if config.offload.parameters == "nvme":
         disk += width * parameters
-        locked += width * (_PARAMETER_BUFFERS * partition + min(parameters, max(partition, SUB_GROUP)))
+        locked += width * (PARAMETER_BUFFERS * partition + min(parameters, max(partition, SUB_GROUP)))
     return disk, locked
 
 
@@ -178,7 +175,7 @@ def forget_overflowed_gradients(zero) -> None:
 
 def return_freed_memory() -> None:
     """Give the system back what was freed. DeepSpeed copies all weights while it starts, in pieces below 32 MB, which
-    the C library keeps: 4.4 GB of the 1542M model's 15 GB were such holes."""
+    the C library keeps: 4.4 GB of the 1542M model's 15 GB were such holes. Loading leaves others (0.5 GB at 117M)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc's
         trim(ctypes.c_size_t(0))

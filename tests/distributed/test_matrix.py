@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.matrix import WORLDS, References, all_layouts, check_layout, pairs, pairwise_cover
+from tests.support.matrix import COVERED, References, all_layouts, check_layout, fast_cover, pairs
 
-LAYOUTS = all_layouts(worlds=set(WORLDS) - {3})
-COVER = pairwise_cover(LAYOUTS)
+LAYOUTS = all_layouts(worlds=COVERED)
+COVER = fast_cover()
 OTHERS = [plan for plan in all_layouts() if plan not in COVER]
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.runs import events, log_rows, pretrain, tiny_config
+from megagpt2.config import Config
+from tests.support.runs import (
+    assert_same_checkpoint,
+    assert_same_record,
+    checkpoint,
+    events,
+    log_rows,
+    pretrain,
+    tiny_config,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -66,3 +75,25 @@ def test_full_offload_takes_less_memory_than_full(text, tmp_path):
         peaks[recompute] = log_rows(run.run.directory)[-1]["memory_bytes"]
     hidden = 64 * 32 * 256 * 4
     assert peaks["full"] - peaks["full_offload"] > 12 * hidden
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_full_offload_is_full_bit_by_bit(text, tmp_path, precision):
+    """What waited in the CPU's memory comes back unchanged: losses, norms and every saved tensor are those of "full",
+    with dropout and several micro-batches, so that copies of several blocks and batches are under way at once."""
+
+    def run(name: str, recompute: str) -> Config:
+        return tiny_config(
+            text, tmp_path / name,
+            **{
+                "model.layers": 6, "training.steps": 4, "training.device": "cuda", "training.precision": precision,
+                "parallel.activation_checkpointing": recompute,
+            },
+        )
+
+    runs = [run("full", "full"), run("again", "full"), run("offloaded", "full_offload")]
+    pretrain(*((config, 1) for config in runs))
+    full, again, offloaded = (config.run.directory for config in runs)
+    assert_same_record(full, again)  # the control: the device repeats itself
+    assert_same_record(full, offloaded)
+    assert_same_checkpoint(checkpoint(full, 4), checkpoint(offloaded, 4))

@@ -12,6 +12,7 @@ from tests.support.train import small_config
 
 MICRO_BATCH = 2
 WORLDS = (1, 2, 3, 4)
+COVERED = (1, 2, 4)  # ranks in the fast tests: three, whose batch is another, are left to the slow ones
 BF16_FLOOR = 2.0**-6  # two bits of bf16's eight
 _FACTS = Facts(world_size=1, device="cpu", bf16=True, fp16=True, deepspeed=True)
 
@@ -53,6 +54,11 @@ def pairwise_cover(plans: list[Plan]) -> list[Plan]:
         chosen.append(best)
         left -= pairs(best)
     return chosen
+
+
+def fast_cover(precisions: Iterable[str] = ("fp32", "bf16"), worlds: Iterable[int] = COVERED) -> list[Plan]:
+    """The layouts that the fast tests train, and `tools/check_layouts.py --pairwise`."""
+    return pairwise_cover(all_layouts(precisions, worlds))
 
 
 class References:

@@ -46,6 +46,26 @@ def test_several_features_are_legal_where_each_pair_is() -> None:
         assert legal(*asked) == all(pairs[pair] for pair in combinations(asked, 2)), asked
         checked += 1
     assert checked == 180
+    for layout, zero, optimizer, parameters in product(
+        (("TP",), ("PP",), ("TP", "SP")), stages, ("optimizer cpu", "optimizer nvme"),
+        ((), ("parameters cpu",), ("parameters nvme",)),
+    ):
+        asked = (*layout, zero, optimizer, *parameters)
+        assert legal(*asked) == all(pairs[pair] for pair in combinations(asked, 2)), asked
+
+
+def test_offload_needs_what_the_rules_say() -> None:
+    """NVMe and parameters want ZeRO 3, which has no pipeline; states in main memory go with every stage."""
+
+    def legal(*features: str) -> bool:
+        return not violations(tables.base_config().replace(tables.together(*features)), FACTS)
+
+    for stage in range(4):
+        assert legal("optimizer cpu", f"ZeRO {stage}")
+        for feature in ("optimizer nvme", "parameters cpu", "parameters nvme"):
+            assert legal(feature, f"ZeRO {stage}") == (stage == 3)
+            assert legal(feature, "TP") and not legal(feature, "PP")
+    assert tables.together("optimizer cpu", "optimizer nvme") is None
 
 
 def test_the_rules_that_are_listed_exist() -> None:

@@ -18,7 +18,7 @@ from megagpt2.model.parameters import specified
 from megagpt2.parallel.stages import Stage
 from megagpt2.parallel.tensor import TensorBuilder, builder_for
 from megagpt2.planning.dry_run import dry_run
-from megagpt2.planning.memory import Place, block_activations, parse_bytes, rank_bytes, show_bytes
+from megagpt2.planning.memory import Place, RankBytes, block_activations, parse_bytes, rank_bytes, show_bytes
 from megagpt2.planning.places import built_places
 from tests.support.models import dense_model, model_config, random_tokens
 from tests.support.train import small_config
@@ -228,9 +228,17 @@ def test_parameter_bytes_are_the_tensors():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_states_are_what_deepspeed_allocates(pool, stage, precision):
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        (1, {}), (2, {}), (3, {}), (1, {"optimizer": "cpu"}), (2, {"optimizer": "cpu"}), (3, {"optimizer": "cpu"}),
+        (3, {"optimizer": "cpu", "parameters": "cpu"}),
+    ],
+    ids=str,
+)
+def test_states_are_what_deepspeed_allocates(pool, stage, offload, precision):
     """All tensors that an engine on two replicas brings into a process, gradients of two micro-batches accumulated.
+    On a CPU what is offloaded to main memory is in this process too.
 
     Apart: flat buffers are padded for alignment, the bucket has 1000 elements, ZeRO-2 keeps a parameter that lies
     across the border of two partitions whole: 1 %.
@@ -241,12 +249,14 @@ def test_states_are_what_deepspeed_allocates(pool, stage, precision):
         "deepspeed": {
             "zero_optimization": {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 1000},
         },
+        **{f"offload.{what}": where for what, where in offload.items()},
     }
     [found, _] = pool.run("tests.support.train:state_bytes", 2, changes=changes)
     elements, small = sum(found["sizes"]), sum(size for size in found["sizes"] if size <= 1000)
-    place = Place(0, 0, elements=elements, blocks=4, head_rows=384, small=small)
-    states = rank_bytes(small_config(**changes), found["plan"], place).states
-    assert found["bytes"] == pytest.approx(states, rel=0.01)
+    place = Place(0, 0, elements=elements, blocks=4, head_rows=384, small=small, largest=max(found["sizes"]))
+    planned_bytes = rank_bytes(small_config(**changes), found["plan"], place)
+    assert found["bytes"] == pytest.approx(planned_bytes.states, rel=0.01)
+    assert planned_bytes.host == planned_bytes.files == 0  # a CPU has one memory
 
 
 def saved_bytes(block: nn.Module, hidden: torch.Tensor, samples: torch.Tensor) -> int:
@@ -335,9 +345,49 @@ def test_offloading_moves_states_to_the_host():
         here, plan = planned(config, 4, **{ZERO: stage})
         [(kept, _)] = built_places(here, plan)
         [(moved, _)] = built_places(here.replace(offload), plan)
-        assert moved.bytes.masters == moved.bytes.moments == kept.bytes.host == 0
+        assert moved.bytes.masters == moved.bytes.moments == kept.bytes.host == moved.bytes.files == 0
         assert moved.bytes.host >= kept.bytes.masters + kept.bytes.moments
         assert moved.bytes.parameters == kept.bytes.parameters
+        assert moved.bytes.gradients == (0 if stage == 3 else kept.bytes.gradients)
+        on_cpus = check(here.replace({"training.device": "cpu", **offload}), Facts(world_size=4, bf16=True))
+        [(there, _)] = built_places(here.replace(offload), on_cpus)
+        assert there.bytes.host == 0 and there.bytes.states == moved.bytes.states + moved.bytes.host
+
+
+def offloaded_1542m(device: str, **changes) -> RankBytes:
+    config = load_config(ROOT / "configs/gpt2_1542m_offload.yaml").replace({"training.device": device, **changes})
+    facts = Facts(world_size=1, device="cuda" if device == "auto" else device, bf16=True, fp16=True, nvme=True)
+    [(built, _)] = built_places(config, check(config, facts))
+    return built.bytes
+
+
+def test_files_take_no_memory_and_gradients_do():
+    """Masters and moments in files, 12 bytes a parameter; fp32 gradients and buffers for three times the embedding, the
+    largest sub-group, in main memory, which is the device's on a CPU."""
+    gpu, cpu = offloaded_1542m("auto"), offloaded_1542m("cpu")
+    elements, embedding = 1_557_686_400, 50_304 * 1600
+    for found in (gpu, cpu):
+        assert found.files == 12 * elements and found.masters == found.moments == 0
+    assert gpu.host == 4 * elements + 3 * 4 * embedding and gpu.gradients == gpu.buffers == 0
+    assert cpu.host == 0 and cpu.gradients == 4 * elements and cpu.total == gpu.total + gpu.host
+    weights = offloaded_1542m("auto", **{"offload.parameters": "nvme"})
+    assert weights.files == 14 * elements
+    assert weights.parameters == gpu.parameters - 2 * elements  # what ZeRO 3 keeps whole
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "measured"), [(48, 1600, 25, 15.33), (24, 1024, 16, 4.45), (12, 768, 12, 2.49)]
+)
+def test_runs_with_files_against_their_measured_peaks(layers, width, heads, measured):
+    """docs/measurements.md: GiB at the fullest moment from start to end. What is planned is held at once, so the peak
+    can't be below it and the Python process, 0.4 GiB. Above it can be what the C library keeps of freed memory: while
+    the weights were loaded 3.9 bytes a parameter at 345M, 4.6 at 117M."""
+    shape = {"model.layers": layers, "model.width": width, "model.heads": heads}
+    small = {"batch.global_batch": 1, "batch.sequence_length": 128}
+    found, process = offloaded_1542m("cpu", **shape, **small), 0.4
+    parameters = found.files / 12
+    lowest = found.total / 2**30 + process
+    assert lowest < measured < lowest + 4.6 * parameters / 2**30
 
 
 @pytest.mark.parametrize(
@@ -379,6 +429,15 @@ def test_without_a_dry_run_the_layout_is_shown(capsys):
     ]
     assert "fits: the fullest rank (stage 0, shard 0)" in out and "warning: batch: 2 micro-batches" in out
     assert "dry run" not in out
+
+
+def test_a_cpu_has_one_memory(capsys):
+    """States offloaded to main memory count where that is the device's; files don't, and are shown apart."""
+    cpu = ["--gpus", "1", "--gpu-memory", "24GiB", "training.device=cpu", "training.precision=bf16"]
+    code, out, _ = answer(capsys, *cpu, "offload.optimizer=cpu")
+    assert code == 1 and "DOES NOT FIT" in out and "host" not in out and "CUDA" not in out
+    code, out, _ = answer(capsys, "--gpus", "1", "--gpu-memory", "24GiB", "offload.optimizer=cpu")
+    assert code == 0 and "host: main memory beside the device's, up to" in out and "files" not in out
 
 
 def test_what_does_not_fit_is_exit_code_1(capsys):

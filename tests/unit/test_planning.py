@@ -12,13 +12,30 @@ from megagpt2.config.schema import ModelConfig
 from megagpt2.model.gpt2 import layer_plans
 from megagpt2.parallel.stages import balanced_bounds
 from megagpt2.planning.stages import stage_bounds, stage_shares
-from megagpt2.planning.time import head_flops, layer_costs, model_tflops, peak_tflops, token_flops
+from megagpt2.planning.time import (
+    block_flops,
+    head_flops,
+    layer_costs,
+    model_tflops,
+    peak_tflops,
+    recomputed_flops,
+    token_flops,
+)
 from tests.support.models import dense_model, dropped, model_config, random_tokens
 
 
 def addmm_flops(_, a, b, out_shape) -> int:
     """torch counts addmm, and not its in-place form, which adds up the head's weight gradient in fp32."""
     return 2 * a[0] * a[1] * b[1]
+
+
+def counted_flops(config: ModelConfig, sequence: int, recompute: str = "none") -> float:
+    """What torch counts of a token's forward and backward pass."""
+    model, (tokens, targets, samples) = dense_model(config, recompute), random_tokens(config)
+    assert tokens.shape[1] == sequence
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+        model(tokens, samples, targets).backward()
+    return counter.get_total_flops() / tokens.numel()
 
 
 @pytest.mark.parametrize(("norm", "feed_forward"), [("pre", None), ("pre", 40), ("post", None)])
@@ -30,13 +47,30 @@ def test_token_flops_are_what_torch_counts(norm, feed_forward):
     forward and backward.
     """
     config = dropped(model_config(norm=norm, feed_forward=feed_forward))
-    model, (tokens, targets, samples) = dense_model(config), random_tokens(config)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
-        model(tokens, samples, targets).backward()
-    sequence = tokens.shape[1]
+    sequence = 16
     upper_half = 3 * 2 * config.layers * config.width * sequence
     padding = 3 * 2 * config.width * (config.padded_vocabulary - config.vocabulary)
-    assert counter.get_total_flops() == tokens.numel() * (token_flops(config, sequence) + upper_half + padding)
+    assert counted_flops(config, sequence) == token_flops(config, sequence) + upper_half + padding
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", "full_offload"])
+@pytest.mark.parametrize("residual_dropout", [0.0, 0.1])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_recomputed_flops_are_what_torch_counts(norm, residual_dropout, recompute):
+    """Exactly: what recomputation adds to a step, for each block. The upper half of attention's square is computed
+    again as well: of both products under "full", of the scores' under "selective"."""
+    config = model_config(norm=norm, attention_dropout=0.1, residual_dropout=residual_dropout)
+    sequence = 16
+    added = counted_flops(config, sequence, recompute) - counted_flops(config, sequence)
+    upper_half = {"none": 0, "selective": 1}.get(recompute, 2) * config.width * sequence
+    assert added == config.layers * (recomputed_flops(config, sequence, recompute) + upper_half)
+
+
+def test_attention_without_dropout_is_computed_again_as_a_whole():
+    """The fused operator saves its output: both products are made again, half of whose square is needed."""
+    config = ModelConfig(layers=2, width=64, heads=2)
+    again = recomputed_flops(config, 128, "selective")
+    assert again == 2 * 64 * 128 == block_flops(config, 128) - block_flops(config, 0)
 
 
 def test_gpt2_flops_are_the_papers_formula():
@@ -53,10 +87,13 @@ def test_gpt2_flops_are_the_papers_formula():
 def test_layer_costs_are_the_layer_lists(norm):
     config = model_config(norm=norm)
     names = [plan.name for plan in layer_plans(config)]
-    costs = dict(zip(names, layer_costs(config, 16), strict=True))
+    costs = dict(zip(names, layer_costs(config, 16, "none"), strict=True))
     assert costs["wte"] == costs["wpe"] == costs.get("ln_f", 0.0) == 0.0
-    assert costs["head"] == head_flops(config)
-    assert 3 * sum(costs.values()) == token_flops(config, 16)
+    assert costs["head"] == 3 * head_flops(config)
+    assert sum(costs.values()) == token_flops(config, 16)
+    again = dict(zip(names, layer_costs(config, 16, "full"), strict=True))
+    assert again["head"] == costs["head"]  # never computed again
+    assert again["h.0"] - costs["h.0"] == recomputed_flops(config, 16, "full") > 0
 
 
 def test_peaks_are_found_by_the_longest_name():
@@ -113,17 +150,22 @@ def test_the_unit_of_cost_changes_no_cut(blocks, stages):
 
 
 @pytest.mark.parametrize(
-    ("layers", "width", "heads", "stages", "blocks"),
+    ("layers", "width", "heads", "stages", "recompute", "blocks"),
     [
-        (48, 1600, 25, 4, [13, 13, 12, 10]),  # the head takes 2.5 blocks' time: about as many fewer in its stage
-        (48, 1600, 25, 1, [48]),
-        (12, 768, 12, 4, [4, 4, 3, 1]),  # and 5 blocks' time in a small model
-        (12, 768, 12, 12, [1] * 12),
+        (48, 1600, 25, 4, "none", [13, 13, 12, 10]),  # the head takes 2.5 blocks' time: as many fewer there
+        (48, 1600, 25, 4, "full", [13, 13, 12, 10]),
+        (48, 1600, 25, 1, "none", [48]),
+        (36, 1280, 20, 2, "none", [20, 16]),
+        (36, 1280, 20, 2, "full", [19, 17]),  # blocks are computed twice, the head is not
+        (12, 768, 12, 4, "none", [4, 4, 3, 1]),  # and 5 blocks' time in a small model
+        (12, 768, 12, 3, "none", [6, 5, 1]),
+        (12, 768, 12, 3, "full_offload", [5, 5, 2]),
+        (12, 768, 12, 12, "none", [1] * 12),
     ],
 )
-def test_gpt2_stages(layers, width, heads, stages, blocks):
+def test_gpt2_stages(layers, width, heads, stages, recompute, blocks):
     config = ModelConfig(layers=layers, width=width, heads=heads)
-    shares = stage_shares(config, 1024, stage_bounds(config, 1024, stages))
+    shares = stage_shares(config, 1024, stage_bounds(config, 1024, stages, recompute), recompute)
     assert [share.blocks for share in shares] == blocks
     assert sum((share.names for share in shares), ()) == tuple(plan.name for plan in layer_plans(config))
     assert sum(share.share for share in shares) == pytest.approx(1.0, abs=1e-12)
@@ -132,10 +174,10 @@ def test_gpt2_stages(layers, width, heads, stages, blocks):
 def test_a_stage_is_shown_with_its_share():
     """13 of 48 + 2.485 blocks' time are 25.75 %, 10 + 2.485 are 24.73 %."""
     config = ModelConfig(layers=48, width=1600, heads=25)
-    first, *_, last = map(str, stage_shares(config, 1024, stage_bounds(config, 1024, 4)))
+    first, *_, last = map(str, stage_shares(config, 1024, stage_bounds(config, 1024, 4, "none"), "none"))
     assert first == "wte .. h.12 (13 blocks, 25.8 %)"
     assert last == "h.38 .. head (10 blocks, 24.7 %)"
-    small = stage_shares(model_config(layers=2), 16, [0, 3, 6])
+    small = stage_shares(model_config(layers=2), 16, [0, 3, 6], "none")
     assert str(small[0]).startswith("wte .. h.0 (1 block, ")
 
 
