@@ -14,7 +14,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from megagpt2.config import choosing, offloading, refusals, yaml_format
+from megagpt2.config import choosing, offloading, passthrough, refusals, yaml_format
 from megagpt2.config.batching import accumulation_steps, ramped_batch
 from megagpt2.config.errors import ConfigError
 from megagpt2.config.facts import Facts
@@ -123,13 +123,18 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "deepspeed-contradicts",
         "A key in `deepspeed` that one of our fields decides.",
-        refusals.deepspeed_contradicts,
+        passthrough.deepspeed_contradicts,
     ),
     Rule(
         "deepspeed-inexact",
         "Any other key in `deepspeed` than those listed above: many change what is computed, and DeepSpeed ignores a "
         "misspelt one.",
-        refusals.deepspeed_inexact,
+        passthrough.deepspeed_inexact,
+    ),
+    Rule(
+        "deepspeed-values",
+        "A value in `deepspeed` that is not of its kind or out of bounds, by the table above.",
+        passthrough.deepspeed_values,
     ),
     Rule("optimizer-offload", "`offload.optimizer: nvme` below `zero_stage` 3.", offloading.optimizer_offload),
     Rule("parameters-offload", "`offload.parameters` below `zero_stage` 3.", offloading.parameters_offload),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megagpt2.config import Config, ConfigError, Facts, IllegalRequest, check, legal_layouts
 from megagpt2.config.batching import accumulation_steps, ramped_batch
-from megagpt2.config.refusals import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED
+from megagpt2.config.passthrough import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED, Whole, passed_on
 from megagpt2.config.rules import RULES, rules_table_markdown, violations
 from megagpt2.config.schema import RampUp, Recomputation
 
@@ -261,6 +261,16 @@ CASES = (
         legal={"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}},
     ),
     Case(
+        "deepspeed-values",
+        {"deepspeed": {"zero_optimization": {"reduce_bucket_size": "abc"}, "aio": {"queue_depth": 0}}},
+        (
+            "deepspeed: deepspeed.zero_optimization.reduce_bucket_size=abc, deepspeed.aio.queue_depth=0 was asked",
+            "zero_optimization.reduce_bucket_size must be an integer >= 1, aio.queue_depth must be an integer >= 1 and",
+            "nearest legal: deepspeed.zero_optimization.reduce_bucket_size=500000000 with deepspeed.aio.queue_depth=1",
+        ),
+        legal={"deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}}},
+    ),
+    Case(
         "optimizer-offload",
         {STATES: "nvme"},
         (f"{STATES}: nvme was asked", "zero_stage is 2", "only in stage 3", f"nearest legal value: cpu, or {ZERO}=3"),
@@ -389,9 +399,80 @@ def nested(dotted: str, value: Any) -> Any:
     return value
 
 
+def legal_and_illegal(theirs: str) -> tuple[list[Any], list[Any]]:
+    """Values of a key, around the border."""
+    kind = DEEPSPEED_ALLOWED[theirs]
+    never = [None, [1], {}, {"a": 1}, "auto", "abc", "", float("nan"), float("inf")]
+    if isinstance(kind, Whole):
+        step = kind.multiple
+        legal = [kind.default, kind.low, kind.low + step, float(kind.low), str(kind.default), f"{kind.default:.12e}"]
+        beyond = [kind.low - step, kind.low - 1, kind.high + step, -5, kind.low + 0.5, True]
+        return legal, never + beyond + [kind.low + 1] * (step > 1)
+    others = {
+        "flops_profiler.recompute_fwd_factor": ([0, 0.5, 2, "1e-1"], [*never, -0.1, True]),
+        "flops_profiler.output_file": (["flops.txt"], [None, [1], {}, "", 1, True]),
+        "comms_logger.prof_ops": ([[], ["all_reduce"]], [None, [1], {}, "all_reduce", 1, True]),
+    }
+    return others.get(theirs, ([True, False], [*never, 1, 0, "true", "maybe", 0.5]))
+
+
 @pytest.mark.parametrize("theirs", DEEPSPEED_ALLOWED)
-def test_every_allowed_key_of_deepspeed_passes(theirs: str) -> None:
-    check(BASE.replace({"deepspeed": nested(theirs, 1), ZERO: 3}), CPU)
+def test_every_allowed_key_of_deepspeed_takes_its_values_and_no_others(theirs: str) -> None:
+    legal, illegal = legal_and_illegal(theirs)
+    for value in legal:
+        check(BASE.replace({"deepspeed": nested(theirs, value), ZERO: 3}), CPU)
+    for value in illegal:
+        # Not through pydantic: an infinity in a file ends as "must be finite" before any rule.
+        asked = BASE.replace({ZERO: 3}).model_copy(update={"deepspeed": nested(theirs, value)})
+        (violation,) = violations(asked, CPU)
+        assert violation.rule == "deepspeed-values", value
+        (change,) = violation.suggestions  # one that the rules take
+        assert f"{theirs} must be {DEEPSPEED_ALLOWED[theirs]}; nearest legal: {next(iter(change))}=" in str(violation)
+
+
+def test_deepspeed_takes_the_same_values_of_its_options() -> None:
+    """Bounds and defaults of ours are its own, or narrower: with its models, which read a part of them."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {"zero_optimization": DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig}
+    for theirs, kind in DEEPSPEED_ALLOWED.items():
+        section, _, key = theirs.rpartition(".")
+        if section not in models:
+            continue
+        for value in legal_and_illegal(theirs)[0]:
+            options = passed_on(BASE.replace({"deepspeed": nested(theirs, value)}))[section]
+            read = models[section](**options)
+            name = key if hasattr(read, key) else key.removeprefix("stage3_")
+            assert getattr(read, name) == options[key] == kind.read(value)
+        default = getattr(models[section](), name)
+        assert default == (list(kind.default) if isinstance(kind.default, tuple) else kind.default), theirs
+
+
+@pytest.mark.parametrize(
+    ("theirs", "value", "nearest"),
+    [
+        ("zero_optimization.reduce_bucket_size", -5, 1), ("zero_optimization.reduce_bucket_size", "abc", 500_000_000),
+        ("zero_optimization.reduce_bucket_size", 2.4, 2), ("zero_optimization.allgather_bucket_size", 2001, 2000),
+        ("aio.block_size", 1000, 1024), ("aio.block_size", 1, 512), ("aio.block_size", 1 << 40, (1 << 31) - 512),
+        ("zero_optimization.overlap_comm", "yes", True), ("zero_optimization.overlap_comm", "maybe", False),
+        ("zero_optimization.reduce_scatter", 0, False), ("comms_logger.prof_ops", "all_reduce", ["all_reduce"]),
+    ],
+)
+def test_the_nearest_value_of_a_deepspeed_option(theirs: str, value: Any, nearest: Any) -> None:
+    (violation,) = violations(BASE.replace({"deepspeed": nested(theirs, value), ZERO: 3}), CPU)
+    assert violation.suggestions == ({f"deepspeed.{theirs}": nearest},)
+
+
+def test_deepspeed_gets_integers() -> None:
+    """Its C++ takes no 1e6 for one; other sections are handed on as they are."""
+    given = {"zero_optimization": {"reduce_bucket_size": 5e8, "overlap_comm": True}, "aio": {"block_size": "1_048_576"}}
+    found = passed_on(BASE.replace({"deepspeed": {**given, "dump_state": False}}))
+    assert found == {
+        "zero_optimization": {"reduce_bucket_size": 500_000_000, "overlap_comm": True},
+        "aio": {"block_size": 1_048_576}, "dump_state": False,
+    }
+    assert type(found["zero_optimization"]["reduce_bucket_size"]) is type(found["aio"]["block_size"]) is int
 
 
 @pytest.mark.parametrize(
