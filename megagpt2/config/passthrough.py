@@ -215,6 +215,11 @@ first use.
 """
 
 
+def given(config: Config, option: str) -> Any:
+    """The value of one that is asked for, as DeepSpeed takes it; None where there is none, or an illegal one."""
+    return DEEPSPEED_ALLOWED[option].read(_at(config.deepspeed, option)) if _has(config.deepspeed, option) else None
+
+
 def passed_on(config: Config) -> dict[str, Any]:
     """The section `deepspeed` of a legal request as DeepSpeed takes it: 5e8 is an integer."""
     options: Any = config.deepspeed

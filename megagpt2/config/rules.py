@@ -138,6 +138,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("optimizer-offload", "`offload.optimizer: nvme` below `zero_stage` 3.", offloading.optimizer_offload),
     Rule("parameters-offload", "`offload.parameters` below `zero_stage` 3.", offloading.parameters_offload),
+    Rule(
+        "nvme-gathers",
+        "With `offload.parameters: nvme`, `stage3_max_live_parameters`, `stage3_max_reuse_distance` or "
+        "`stage3_prefetch_bucket_size` in `deepspeed.zero_optimization` above 0, or "
+        "`stage3_param_persistence_threshold` above 100000.",
+        offloading.nvme_gathers,
+    ),
     Rule("nvme-has-path", "`nvme` in `offload` without `offload.nvme_path`.", offloading.nvme_has_path),
     Rule(
         "nvme-operators",

@@ -61,6 +61,7 @@ ZERO, BATCH, MICRO, LENGTH = "parallel.zero_stage", "batch.global_batch", "batch
 RECOMPUTE = "parallel.activation_checkpointing"
 RAMP = {"start": 4, "increment": 4, "samples": 100}
 STATES, WEIGHTS, FOLDER = "offload.optimizer", "offload.parameters", "offload.nvme_path"
+GATHER = "zero_optimization.stage3_"
 
 CASES = (
     Case(
@@ -281,6 +282,32 @@ CASES = (
         {ZERO: 2},
         (f"{WEIGHTS}: cpu was asked", "zero_stage is 2", "only in stage 3", f"nearest legal value: none, or {ZERO}=3"),
         legal={ZERO: 3, WEIGHTS: "cpu"},
+    ),
+    Case(
+        "nvme-gathers",
+        {WEIGHTS: "nvme"},
+        (
+            f"{WEIGHTS}: nvme was asked, but deepspeed.zero_optimization.stage3_max_live_parameters is 100000000, de",
+            f"nearest legal value: cpu, or deepspeed.{GATHER}max_live_parameters=0 with deepspeed.{GATHER}max_reuse",
+        ),
+        legal={
+            ZERO: 3, FOLDER: Path("/scratch"), STATES: "nvme",
+            "deepspeed": {  # configs/gpt2_1542m_offload.yaml's
+                "zero_optimization": {
+                    "stage3_max_live_parameters": 1e8, "stage3_max_reuse_distance": 100_000_000,
+                    "stage3_prefetch_bucket_size": 10_000_000, "reduce_bucket_size": 20_000_000,
+                },
+            },
+        },
+    ),
+    Case(
+        "nvme-gathers",
+        {f"deepspeed.{GATHER}param_persistence_threshold": 100_001},
+        (f"{GATHER}param_persistence_threshold is 100001", f"or deepspeed.{GATHER}param_persistence_threshold=100000"),
+        legal={
+            ZERO: 3, FOLDER: Path("/scratch"), WEIGHTS: "nvme",
+            "deepspeed": {"zero_optimization": {"stage3_max_live_parameters": 0}},
+        },
     ),
     Case(
         "nvme-has-path",
