@@ -34,7 +34,8 @@ _RULES = """\
 ## Legal combinations
 
 Before the first process group, a request is checked against the machine. A refusal says in one sentence what was
-asked, why it can't be, and the nearest legal values, which have themselves passed every rule. Everything else is
+asked, why it can't be, and the nearest legal values, which have themselves passed every rule. Where several rules
+refuse and no one change satisfies all, a sentence has the nearest values that end its own refusal. Everything else is
 legal, among it heads that `tensor_parallel` does not divide, and `norm: post` with every layout.
 
 """

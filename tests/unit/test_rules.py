@@ -405,6 +405,39 @@ def test_all_violations_in_one_error_one_sentence_each() -> None:
             assert len(violations(asked.replace(change), CPU)) == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "world", "rule", "suggested"),
+    [
+        ({TP: 8}, 4, "heads-over-tensor", [{TP: 4}, {TP: 2}]),  # 5 would be heads enough, but not on 4 ranks
+        ({PP: 16}, 2, "layers-over-pipeline", [{PP: 2}, {PP: 1}]),
+        ({TP: 8, "schedule.warmup_steps": 101}, 4, "heads-over-tensor", [{TP: 4}, {TP: 2}]),
+    ],
+)
+def test_a_suggestion_is_legal_in_all_where_one_is(changes: dict, world: int, rule: str, suggested: list) -> None:
+    found = {violation.rule: violation for violation in violations(BASE.replace(changes), ranks(world))}
+    assert len(found) > 1 and list(found[rule].suggestions) == suggested
+    assert found[rule].legal == (len(found) == 2)
+    for change in suggested:
+        after = violations(BASE.replace({**changes, **change}), ranks(world))
+        assert {violation.rule for violation in after} == set(found) - {rule, "world-divides"}
+
+
+def test_a_sentence_says_where_others_stay() -> None:
+    both = [str(one) for one in violations(BASE.replace({LENGTH: 65, "training.precision": "fp16", PP: 8}), ranks(8))]
+    assert any(text.endswith("nearest value that ends this refusal: 64, or model.context=65") for text in both)
+    assert any(text.endswith("nearest values that end this refusal: 4, 2") for text in both)
+    assert not any("legal" in text for text in both)
+
+
+def test_a_request_far_from_legal_still_has_a_suggestion() -> None:
+    """7 ranks have layouts of 1 and 7 only, and those break three other rules."""
+    ramp = {"start": 6, "increment": 6, "samples": 100}
+    asked = BASE.replace({TP: 2, SP: True, BATCH: 12, "batch.ramp_up": ramp})
+    for violation in violations(asked, ranks(7)):
+        assert violation.suggestions
+        assert all(not violations(asked.replace(change), ranks(7)) for change in violation.suggestions)
+
+
 def test_suggestion_takes_other_fields_along_where_one_is_not_enough() -> None:
     """Stage 1 for the pipeline, and then no offload; or no pipeline, and then a batch for two replicas."""
     asked = BASE.replace({WEIGHTS: "cpu", ZERO: 3, PP: 2, BATCH: 15, MICRO: 15})
@@ -635,6 +668,9 @@ def test_a_plan_multiplies_back_or_every_suggestion_helps(request: tuple[Config,
             for change in violation.suggestions:
                 after = {one.rule for one in violations(config.replace(change), facts)}
                 assert after <= names - {violation.rule}
+                assert not (violation.legal and after)
+            assert violation.suggestions
+            assert ("nearest legal" in str(violation)) == violation.legal != ("this refusal:" in str(violation))
         return
     assert plan.tensor * plan.pipeline * plan.data == plan.world_size == facts.world_size
     assert plan.micro_batch * plan.data * plan.accumulation == plan.global_batch == config.batch.global_batch
