@@ -105,6 +105,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("apex-present", "`apex` in `kernels` where NVIDIA apex can't be imported.", choosing.apex_present),
     Rule(
+        "apex-adam-on-gpu",
+        "`kernels.adam: apex` with `offload.optimizer`: the processor updates what is offloaded.",
+        choosing.apex_adam_on_gpu,
+    ),
+    Rule(
         "operators-present",
         "A GPU for which the compiled operators are not built, unless `kernels.allow_reference`.",
         choosing.operators_present,

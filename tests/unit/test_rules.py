@@ -341,6 +341,30 @@ CASES = (
         facts=replace(GPU, apex="it can't be imported"),
     ),
     Case(
+        "apex-adam-on-gpu",
+        {STATES: "cpu"},
+        (
+            "kernels.adam: apex was asked, but offload.optimizer is cpu", "apex's Adam runs on GPUs only",
+            f"nearest legal values: fused, torch, or {STATES}=none",
+        ),
+        legal={"kernels.adam": "apex"},
+        facts=GPU,
+    ),
+    Case(
+        "apex-adam-on-gpu",
+        {"kernels.adam": "apex"},
+        ("offload.optimizer is nvme",),
+        legal={ZERO: 3, STATES: "nvme", FOLDER: Path("/scratch"), "kernels.layer_norm": "apex"},
+        facts=GPU,
+    ),
+    Case(
+        "apex-adam-on-gpu",
+        {"optimizer.name": "adamw"},
+        ("kernels.adam: apex was asked",),
+        legal={"optimizer.name": "sgd", "kernels.adam": "apex", STATES: "cpu"},
+        facts=GPU,
+    ),
+    Case(
         "operators-present",
         {"kernels.allow_reference": False},
         ("kernels.allow_reference: false was asked", "make setup", "nearest legal value: true"),
