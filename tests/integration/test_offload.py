@@ -84,7 +84,7 @@ def test_a_folder_in_memory_is_refused(text, tmp_path):
     assert "name a folder on a local disk" in ended.errors
 
 
-def test_the_kind_of_afile_system(tmp_path):
+def test_the_kind_of_a_file_system(tmp_path):
     """The innermost mount counts, the later one of two at a place, and blanks are escaped."""
     mounts = tmp_path / "mounts"
     blank = tmp_path / "with blank"
