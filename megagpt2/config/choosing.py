@@ -27,6 +27,16 @@ def apex_present(config: Config, facts: Facts) -> Refusal | None:
     return None
 
 
+def apex_adam_on_gpu(config: Config, facts: Facts) -> Refusal | None:
+    """Offloaded masters are updated by the processor; apex's FusedAdam takes tensors of a GPU only."""
+    offload, kernels = config.offload, config.kernels
+    if kernels.adam != "apex" or config.optimizer.name != "adamw" or offload.optimizer == "none":
+        return None
+    why = f"offload.optimizer is {offload.optimizer}: the processor makes the update, and apex's Adam runs on GPUs only"
+    candidates = [*({"kernels.adam": name} for name in ("fused", "torch")), {"offload.optimizer": "none"}]
+    return Refusal("kernels.adam", "apex", why, candidates)
+
+
 def operators_present(config: Config, facts: Facts) -> Refusal | None:
     """On a GPU, training in plain torch by accident wastes what the machine costs."""
     if facts.device != "cuda" or facts.operators is None or config.kernels.allow_reference:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megagpt2.config import yaml_format
-from megagpt2.config.refusals import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED
+from megagpt2.config.passthrough import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED
 from megagpt2.config.rules import rules_table_markdown
 from megagpt2.config.schema import Config, RampUp
 
@@ -34,7 +34,8 @@ _RULES = """\
 ## Legal combinations
 
 Before the first process group, a request is checked against the machine. A refusal says in one sentence what was
-asked, why it can't be, and the nearest legal values, which have themselves passed every rule. Everything else is
+asked, why it can't be, and the nearest legal values, which have themselves passed every rule. Where several rules
+refuse and no one change satisfies all, a sentence has the nearest values that end its own refusal. Everything else is
 legal, among it heads that `tensor_parallel` does not divide, and `norm: post` with every layout.
 
 """
@@ -42,7 +43,8 @@ legal, among it heads that `tensor_parallel` does not divide, and `norm: post` w
 _DEEPSPEED = """\
 ## deepspeed
 
-Further DeepSpeed options, passed through as they are: those that are known to leave results exact.
+Further DeepSpeed options, passed through: those that are known to leave results exact. Left out, they are DeepSpeed's
+own (`overlap_comm` is then true under `zero_stage: 3`, and with state on NVMe `sub_group_size` is 20000000).
 
 """
 
@@ -64,14 +66,14 @@ def document() -> str:
     owned = "".join(
         f"| `{theirs}` | `{ours.replace(' and ', '` and `')}` |\n" for theirs, ours in DEEPSPEED_OWNED.items()
     )
-    allowed: dict[str, list[str]] = {}
-    for option in DEEPSPEED_ALLOWED:
-        section, _, key = option.rpartition(".")
-        allowed.setdefault(section, []).append(f"`{key}`")
     passed = "".join(
-        f"| {f'`{section}`' if section else 'none'} | {', '.join(keys)} |\n" for section, keys in allowed.items()
+        f"| `{option}` | {kind} | `{yaml_format.as_scalar(_plain(kind.default))}` |\n"
+        for option, kind in DEEPSPEED_ALLOWED.items()
     )
-    tables = (f"| Section | Options |\n|---|---|\n{passed}", f"| DeepSpeed | Decided by |\n|---|---|\n{owned}")
+    tables = (
+        f"| Option | Value | DeepSpeed's own |\n|---|---|---|\n{passed}",
+        f"| DeepSpeed | Decided by |\n|---|---|\n{owned}",
+    )
     parts.append(_DEEPSPEED + tables[0] + _OWNED + tables[1])
     parts.append(_RULES + rules_table_markdown())
     return "\n".join(parts)
@@ -93,12 +95,14 @@ def _one_line(text: str | None) -> str:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    default = field.get_default(call_default_factory=True)
+    return f"`{yaml_format.as_scalar(_plain(field.get_default(call_default_factory=True)))}`"
+
+
+def _plain(default: Any) -> Any:
+    """As YAML has it."""
     if isinstance(default, tuple):
-        default = list(default)
-    if isinstance(default, PurePath):
-        default = str(default)
-    return f"`{yaml_format.as_scalar(default)}`"
+        return list(default)
+    return str(default) if isinstance(default, PurePath) else default
 
 
 def _type(field: FieldInfo) -> str:

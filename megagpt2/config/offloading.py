@@ -1,6 +1,7 @@
 """The rules about `offload`, in the form of `refusals.py`."""
 
 from megagpt2.config.facts import Facts
+from megagpt2.config.passthrough import given
 from megagpt2.config.refusals import Change, Refusal
 from megagpt2.config.schema import Config
 
@@ -21,6 +22,32 @@ def parameters_offload(config: Config, facts: Facts) -> Refusal | None:
         return None
     why = f"parallel.zero_stage is {stage}, and DeepSpeed offloads parameters only in stage 3"
     return Refusal("offload.parameters", asked, why, ({"parallel.zero_stage": 3}, {"offload.parameters": "none"}))
+
+
+MOST_WITH_NVME: dict[str, int] = {
+    "zero_optimization.stage3_max_live_parameters": 0,
+    "zero_optimization.stage3_max_reuse_distance": 0,
+    "zero_optimization.stage3_prefetch_bucket_size": 0,
+    "zero_optimization.stage3_param_persistence_threshold": 100_000,  # these are below 1 MiB, and not in files
+}
+"""The largest values of options under `deepspeed` with which DeepSpeed's buffers suffice for parameters on NVMe."""
+
+
+def nvme_gathers(config: Config, facts: Facts) -> Refusal | None:
+    """A parameter from a file keeps its buffer while it is gathered, and the buffers are few."""
+    if config.offload.parameters != "nvme":
+        return None
+    asked = {theirs: given(config, theirs) for theirs in MOST_WITH_NVME}
+    large = {theirs: value for theirs, value in asked.items() if value is not None and value > MOST_WITH_NVME[theirs]}
+    if not large:
+        return None
+    named = ", ".join(f"deepspeed.{theirs} is {value}" for theirs, value in large.items())
+    why = (
+        f"{named}: weights that DeepSpeed gathers early or keeps hold on to the few buffers that there are for files,"
+        " and the first step would end for want of one"
+    )
+    fewer = {f"deepspeed.{theirs}": MOST_WITH_NVME[theirs] for theirs in large}
+    return Refusal("offload.parameters", "nvme", why, (fewer, {"offload.parameters": "cpu"}))
 
 
 def _off_nvme(config: Config) -> Change:

@@ -14,7 +14,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from megagpt2.config import choosing, offloading, refusals, yaml_format
+from megagpt2.config import choosing, offloading, passthrough, refusals, yaml_format
 from megagpt2.config.batching import accumulation_steps, ramped_batch
 from megagpt2.config.errors import ConfigError
 from megagpt2.config.facts import Facts
@@ -105,6 +105,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule("apex-present", "`apex` in `kernels` where NVIDIA apex can't be imported.", choosing.apex_present),
     Rule(
+        "apex-adam-on-gpu",
+        "`kernels.adam: apex` with `offload.optimizer`: the processor updates what is offloaded.",
+        choosing.apex_adam_on_gpu,
+    ),
+    Rule(
         "operators-present",
         "A GPU for which the compiled operators are not built, unless `kernels.allow_reference`.",
         choosing.operators_present,
@@ -123,16 +128,28 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "deepspeed-contradicts",
         "A key in `deepspeed` that one of our fields decides.",
-        refusals.deepspeed_contradicts,
+        passthrough.deepspeed_contradicts,
     ),
     Rule(
         "deepspeed-inexact",
         "Any other key in `deepspeed` than those listed above: many change what is computed, and DeepSpeed ignores a "
         "misspelt one.",
-        refusals.deepspeed_inexact,
+        passthrough.deepspeed_inexact,
+    ),
+    Rule(
+        "deepspeed-values",
+        "A value in `deepspeed` that is not of its kind or out of bounds, by the table above.",
+        passthrough.deepspeed_values,
     ),
     Rule("optimizer-offload", "`offload.optimizer: nvme` below `zero_stage` 3.", offloading.optimizer_offload),
     Rule("parameters-offload", "`offload.parameters` below `zero_stage` 3.", offloading.parameters_offload),
+    Rule(
+        "nvme-gathers",
+        "With `offload.parameters: nvme`, `stage3_max_live_parameters`, `stage3_max_reuse_distance` or "
+        "`stage3_prefetch_bucket_size` in `deepspeed.zero_optimization` above 0, or "
+        "`stage3_param_persistence_threshold` above 100000.",
+        offloading.nvme_gathers,
+    ),
     Rule("nvme-has-path", "`nvme` in `offload` without `offload.nvme_path`.", offloading.nvme_has_path),
     Rule(
         "nvme-operators",
@@ -193,10 +210,12 @@ class Violation:
     rule: str
     refusal: Refusal
     suggestions: tuple[Change, ...]
+    legal: bool = True
+    """Whether nothing is left to refuse after a suggestion; else it ends this violation, and others stay."""
 
     def __str__(self) -> str:
         sentence = f"{self.refusal.field}: {self.refusal.asked} was asked, but {self.refusal.why}"
-        remedy = self.refusal.remedy or _rendered(self.refusal.field, self.suggestions)
+        remedy = self.refusal.remedy or _rendered(self.refusal.field, self.suggestions, self.legal)
         return f"{sentence}; {remedy}" if remedy else sentence
 
 
@@ -238,7 +257,7 @@ def violations(config: Config, facts: Facts) -> list[Violation]:
     """All violated rules, in the table's order, with suggestions."""
     refused = _refused(config, facts)
     return [
-        Violation(name, refusal, _suggestions(config, facts, name, refusal, set(refused)))
+        Violation(name, refusal, *_suggestions(config, facts, refusal, set(refused) - {name}))
         for name, refusal in refused.items()
     ]
 
@@ -279,34 +298,39 @@ def _refused(config: Config, facts: Facts) -> dict[str, Refusal]:
     return {rule.name: refusal for rule in RULES if (refusal := rule.check(config, facts)) is not None}
 
 
-def _suggestions(config: Config, facts: Facts, name: str, refusal: Refusal, before: set[str]) -> tuple[Change, ...]:
-    """The nearest candidates that end this violation and cause no other; where there are none, the nearest
-    ones together with what the other rules then ask for."""
+def _suggestions(config: Config, facts: Facts, refusal: Refusal, others: set[str]) -> tuple[tuple[Change, ...], bool]:
+    """The nearest candidates that end this violation and cause no other, of these the ones that end most of the others
+    too; where there are none, the nearest ones together with what the other rules then ask for. And whether nothing is
+    violated after each."""
     candidates = list(islice(refusal.candidates, 400))
-    legal = [change for change in candidates if _cures(config, facts, change, before - {name})]
-    if not legal:
-        extended = (_extended(config, facts, change, before - {name}) for change in candidates[:16])
-        legal = [change for change in extended if change is not None][:SHOWN]
+    left = [_left(config, facts, change) for change in candidates]
+    fewest = min((len(names) for names in left if names <= others), default=None)
+    good = [change for change, names in zip(candidates, left, strict=True) if names <= others and len(names) == fewest]
+    for depth in range(2, 5):
+        if not good:
+            extended = (_extended(config, facts, change, others, depth) for change in candidates[:16])
+            good = [change for change in extended if change is not None][:SHOWN]
     shown: dict[frozenset[str], list[Change]] = {}
-    for change in legal:
+    for change in good:
         keys = frozenset(change)
         if any(earlier < keys for earlier in shown):
             continue  # a smaller change did it already
         group = shown.setdefault(keys, [])
         if len(group) < SHOWN and change not in group:
             group.append(change)
-    return tuple(change for group in shown.values() for change in group)
+    suggestions = tuple(change for group in shown.values() for change in group)
+    return suggestions, not any(_left(config, facts, change) for change in suggestions)
 
 
-def _cures(config: Config, facts: Facts, change: Change, others: set[str]) -> bool:
-    """Does the change leave only violations that were there besides?"""
+def _left(config: Config, facts: Facts, change: Change) -> set[str]:
+    """The rules that are violated after a change."""
     try:
-        return set(_refused(config.replace(change), facts)) <= others
+        return set(_refused(config.replace(change), facts))
     except ValidationError:
-        return False
+        return {"the schema"}
 
 
-def _extended(config: Config, facts: Facts, change: Change, others: set[str], depth: int = 2) -> Change | None:
+def _extended(config: Config, facts: Facts, change: Change, others: set[str], depth: int) -> Change | None:
     """The change with further ones that end the violations which it causes, or None."""
     try:
         changed = config.replace(change)
@@ -325,16 +349,19 @@ def _extended(config: Config, facts: Facts, change: Change, others: set[str], de
     return None
 
 
-def _rendered(field: str, suggestions: tuple[Change, ...]) -> str:
-    """'nearest legal values: 4, 5' for the named field, 'or other.field=2' for others."""
+def _rendered(field: str, suggestions: tuple[Change, ...], legal: bool) -> str:
+    """'nearest legal values: 4, 5' for the named field, 'or other.field=2' for others; 'nearest values that end this
+    refusal: 4, 5' where other refusals stay."""
     own = [yaml_format.as_scalar(change[field]) for change in suggestions if set(change) == {field}]
     others = [
         " with ".join(f"{key}={yaml_format.as_scalar(value)}" for key, value in change.items())
         for change in suggestions
         if set(change) != {field}
     ]
-    parts = [f"nearest legal value{'s' if len(own) > 1 else ''}: {', '.join(own)}"] if own else []
-    parts += [f"{'or' if own else 'nearest legal:'} {' or '.join(others)}"] if others else []
+    kind, then = ("legal ", "") if legal else ("", f" that end{'' if len(own) > 1 else 's'} this refusal")
+    parts = [f"nearest {kind}value{'s' if len(own) > 1 else ''}{then}: {', '.join(own)}"] if own else []
+    alone = "nearest legal:" if legal else "nearest that ends this refusal:"
+    parts += [f"{'or' if own else alone} {' or '.join(others)}"] if others else []
     return ", ".join(parts)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,8 @@ def load_operators() -> None:
 def why_unusable(folder: Path, locked_bytes: int) -> str | None:
     """Why DeepSpeed could not keep state in this folder, or None: it asks few of the calls that can fail, and would
     train on what was in memory before."""
+    if (kind := file_system(folder)) in ("tmpfs", "ramfs"):
+        return f"it is in memory ({kind}), where state takes as much as without it: name a folder on a local disk"
     if (problem := _why_not_lockable(locked_bytes)) is not None:
         return problem
     handle = deepspeed.ops.op_builder.AsyncIOBuilder().load().aio_handle(1 << 20, 8, False, True, 1)
@@ -139,6 +142,18 @@ def why_unusable(folder: Path, locked_bytes: int) -> str | None:
         handle.free_cpu_locked_tensor(buffer)
         file.unlink(missing_ok=True)
     return "what was written there is not what was read: name a folder on a local disk"
+
+
+def file_system(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+    """The kind of file system that a folder is in, as Linux names it; "" where that isn't told."""
+    try:
+        lines = [line.split() for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError:
+        return ""
+    # Blanks in names stand there as \040. Of two that are mounted at the same place the later one is seen.
+    kinds = {re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line[1]): line[2] for line in lines}
+    here = folder.resolve()
+    return next((kinds[str(place)] for place in (here, *here.parents) if str(place) in kinds), "")
 
 
 def _why_not_lockable(count: int) -> str | None:

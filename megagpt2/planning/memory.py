@@ -57,6 +57,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megagpt2.config.passthrough import passed_on
 from megagpt2.config.rules import Plan
 from megagpt2.config.schema import Config, ModelConfig
 from megagpt2.model.parameters import partition
@@ -221,7 +222,7 @@ def _workspace(config: Config, plan: Plan, place: Place) -> tuple[int, int]:
         forward += block_activations(model, plan, place.shard, "none")
     elif plan.activation_checkpointing == "selective":
         forward += _core(model, plan, _share(model.heads, plan.tensor, place.shard))
-    bucket = int(zero.get("reduce_bucket_size", _BUCKET_ELEMENTS))
+    bucket = zero.get("reduce_bucket_size", _BUCKET_ELEMENTS)
     share = -(-place.elements // plan.data)
     offloaded = config.offload.optimizer != "none"
     if plan.zero_stage < 2 and plan.precision == "bf16" and not offloaded:  # BF16_Optimizer
@@ -234,7 +235,7 @@ def _workspace(config: Config, plan: Plan, place: Place) -> tuple[int, int]:
         forward += size * bucket * (2 if zero.get("overlap_comm") else 1)
         update += 0 if offloaded else 4 * share
     else:  # stage 3: the bucket, and the parameters that are gathered
-        live = int(zero.get("stage3_max_live_parameters", _LIVE_ELEMENTS))
+        live = zero.get("stage3_max_live_parameters", _LIVE_ELEMENTS)
         forward += size * bucket + (size * min(place.elements, live) if plan.data > 1 else 0)
         # Backward's last gradient is the embedding's: itself, this rank's part of the reduced one, and that in fp32.
         update += size * place.largest + (size + 4) * -(-place.largest // plan.data)
@@ -257,12 +258,11 @@ def _share(units: int, parts: int, rank: int) -> int:
 
 def kept_whole(config: Config) -> int:
     """Parameters of at most so many elements are kept whole under ZeRO 3."""
-    return int(_zero_options(config).get("stage3_param_persistence_threshold", _WHOLE_UP_TO))
+    return _zero_options(config).get("stage3_param_persistence_threshold", _WHOLE_UP_TO)
 
 
 def _zero_options(config: Config) -> Mapping[str, Any]:
-    options = config.deepspeed.get("zero_optimization", {})
-    return options if isinstance(options, dict) else {}
+    return passed_on(config).get("zero_optimization", {})
 
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {

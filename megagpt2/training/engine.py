@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megagpt2.config.passthrough import passed_on
 from megagpt2.config.rules import Plan
 from megagpt2.config.schema import Config
 from megagpt2.kernels.choice import Kernels
@@ -76,7 +77,7 @@ def deepspeed_options(config: Config, plan: Plan) -> dict[str, Any]:
             "min_loss_scale": 1,
             "hysteresis": 1,  # every overflow halves the scale: by default the first one changes nothing
         }
-    return merged(options, config.deepspeed)
+    return merged(options, passed_on(config))
 
 
 @dataclass

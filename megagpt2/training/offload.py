@@ -26,6 +26,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megagpt2.config.errors import ConfigError
+from megagpt2.config.passthrough import passed_on
 from megagpt2.config.rules import Plan
 from megagpt2.config.schema import Config
 from megagpt2.planning.memory import PARAMETER_BUFFERS, STATE_BUFFERS, SUB_GROUP
@@ -47,6 +48,24 @@ def largest_tensor(config: Config, plan: Plan) -> int:
     return max(rows) * model.width
 
 
+def largest_sub_group(config: Config, plan: Plan) -> int:
+    """Elements of the largest sub-group on a rank: DeepSpeed adds tensor after tensor until it has `sub_group_size` of
+    them or more, within a group of the optimizer (optimizer.py). The tied embedding is a group by itself, so are the
+    positions where the other matrices are sharded."""
+    model, limit = config.model, passed_on(config).get("zero_optimization", {}).get("sub_group_size", SUB_GROUP)
+    heads, inner, rows = (-(-count // plan.tensor) for count in (model.heads, model.inner, model.padded_vocabulary))
+    attention = heads * model.head_width
+    block = [part * model.width for part in (3 * attention, attention, inner, inner)]
+    positions = model.context * model.width
+    largest, held = -(-max(rows * model.width, positions) // plan.data), 0
+    for size in ([positions] if plan.tensor == 1 else []) + block * model.layers:
+        held += -(-size // plan.data)
+        largest = max(largest, held)
+        if held >= limit:
+            held = 0
+    return largest
+
+
 def options(config: Config, plan: Plan) -> dict[str, Any]:
     """What `offload` means in DeepSpeed's section zero_optimization."""
     offload, section = config.offload, {}
@@ -54,8 +73,9 @@ def options(config: Config, plan: Plan) -> dict[str, Any]:
         section["offload_optimizer"] = {"device": offload.optimizer}
     if offload.parameters != "none":
         section["offload_param"] = {"device": offload.parameters}
-    if offload.optimizer == "nvme":
+    if offload.uses_nvme:  # masters, or weights that are written: a buffer holds a sub-group
         section["sub_group_size"] = SUB_GROUP
+    if offload.optimizer == "nvme":
         section["offload_optimizer"] |= {"nvme_path": str(run_folder(config)), "buffer_count": STATE_BUFFERS}
     if offload.parameters == "nvme":
         section["offload_param"] |= {
@@ -63,7 +83,8 @@ def options(config: Config, plan: Plan) -> dict[str, Any]:
             "buffer_size": -(-largest_tensor(config, plan) // plan.data) + 1024,
         }
         # A parameter keeps its buffer while it is gathered: with those that DeepSpeed would gather early or keep for
-        # a later use, the buffers do not suffice, which is an assertion in the first step.
+        # a later use, the buffers do not suffice, which is an assertion in the first step (the rule nvme-gathers
+        # refuses other values from the user).
         section |= {
             "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
         }
@@ -73,15 +94,16 @@ def options(config: Config, plan: Plan) -> dict[str, Any]:
 def bytes_per_rank(config: Config, plan: Plan) -> tuple[int, int]:
     """(on disk, locked in memory) of one rank, to about a percent."""
     parameters, partition = config.model.parameters() // plan.world_size, -(-largest_tensor(config, plan) // plan.data)
+    sub_group = largest_sub_group(config, plan)
     width = 4 if plan.precision == "fp32" else 2
     disk, locked = 0, 0
     if config.offload.optimizer == "nvme":
         states = 3 if config.optimizer.name == "adamw" else 1
         disk += 4 * states * parameters
-        locked += 4 * STATE_BUFFERS * min(parameters, max(partition, SUB_GROUP))
+        locked += 4 * STATE_BUFFERS * sub_group
     if config.offload.parameters == "nvme":
         disk += width * parameters
-        locked += width * (PARAMETER_BUFFERS * partition + min(parameters, max(partition, SUB_GROUP)))
+        locked += width * (PARAMETER_BUFFERS * partition + sub_group)
     return disk, locked
 
 

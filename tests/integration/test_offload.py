@@ -4,15 +4,18 @@ of a 24 GiB machine."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from megagpt2.checkpoint import store
+from megagpt2.parallel.nvme import file_system
 from tests.support.nvme import need_nvme
 from tests.support.runs import (
     ROOT,
@@ -68,6 +71,31 @@ def test_a_folder_that_takes_no_files_is_refused(text, tmp_path):
     (tmp_path / "nvme").write_text("a file")
     [ended] = end_all(start_pretrain(nvme_config(text, tmp_path / "run")))
     assert ended.code == 2 and "offload.nvme_path" in ended.errors and "can't be written" in ended.errors, ended
+
+
+def test_a_folder_in_memory_is_refused(text, tmp_path):
+    need_nvme()
+    if file_system(Path("/dev/shm")) != "tmpfs" or not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no /dev/shm in memory here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        [ended] = end_all(start_pretrain(nvme_config(text, tmp_path / "run", **{"offload.nvme_path": folder})))
+        assert not list(Path(folder).iterdir())
+    assert ended.code == 2 and f"{folder} can't be used: it is in memory (tmpfs)" in ended.errors, ended
+    assert "name a folder on a local disk" in ended.errors
+
+
+def test_the_kind_of_a_file_system(tmp_path):
+    """The innermost mount counts, the later one of two at a place, and blanks are escaped."""
+    mounts = tmp_path / "mounts"
+    blank = tmp_path / "with blank"
+    blank.mkdir()
+    (tmp_path / "inner").mkdir()
+    escaped = str(blank).replace(" ", "\\040")
+    twice = (f"c {escaped} xfs rw 0 0", f"d {escaped} ramfs rw 0 0")
+    mounts.write_text("\n".join(("a / ext4 rw 0 0", f"b {tmp_path}/inner tmpfs rw 0 0", *twice)))
+    found = [file_system(folder, mounts) for folder in (tmp_path, tmp_path / "inner", blank / "below")]
+    assert found == ["ext4", "tmpfs", "ramfs"]
+    assert file_system(tmp_path, tmp_path / "none") == ""
 
 
 @pytest.mark.slow

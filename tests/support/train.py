@@ -17,6 +17,7 @@ from megagpt2.model.initialize import initial_value
 from megagpt2.model.parameters import Spec, specified
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import Topology, build_topology
+from megagpt2.training import offload
 from megagpt2.training.engine import Engine, build_engine
 from megagpt2.training.masters import local_weights as engine_weights
 from megagpt2.training.masters import set_values
@@ -102,6 +103,14 @@ def state_bytes(changes: dict) -> dict:
     answer = {"bytes": sum(found.values()), "sizes": sizes, "plan": engine.plan}
     engine.close()
     return answer
+
+
+def sub_groups(changes: dict) -> tuple[int, int]:
+    """The largest sub-group of ZeRO 3: DeepSpeed's, and what is foreseen of it."""
+    engine, *_ = start(small_config(**changes))
+    answer = max(engine.deepspeed.optimizer.fp16_partitioned_groups_flat_numel)
+    engine.close()
+    return answer, offload.largest_sub_group(engine.config, engine.plan)
 
 
 def held(changes: dict) -> dict:

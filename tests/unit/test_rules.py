@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from megagpt2.config import Config, ConfigError, Facts, IllegalRequest, check, legal_layouts
 from megagpt2.config.batching import accumulation_steps, ramped_batch
-from megagpt2.config.refusals import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED
+from megagpt2.config.passthrough import DEEPSPEED_ALLOWED, DEEPSPEED_OWNED, Whole, passed_on
 from megagpt2.config.rules import RULES, rules_table_markdown, violations
 from megagpt2.config.schema import RampUp, Recomputation
 
@@ -61,6 +61,7 @@ ZERO, BATCH, MICRO, LENGTH = "parallel.zero_stage", "batch.global_batch", "batch
 RECOMPUTE = "parallel.activation_checkpointing"
 RAMP = {"start": 4, "increment": 4, "samples": 100}
 STATES, WEIGHTS, FOLDER = "offload.optimizer", "offload.parameters", "offload.nvme_path"
+GATHER = "zero_optimization.stage3_"
 
 CASES = (
     Case(
@@ -261,6 +262,16 @@ CASES = (
         legal={"deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}}},
     ),
     Case(
+        "deepspeed-values",
+        {"deepspeed": {"zero_optimization": {"reduce_bucket_size": "abc"}, "aio": {"queue_depth": 0}}},
+        (
+            "deepspeed: deepspeed.zero_optimization.reduce_bucket_size=abc, deepspeed.aio.queue_depth=0 was asked",
+            "zero_optimization.reduce_bucket_size must be an integer >= 1, aio.queue_depth must be an integer >= 1 and",
+            "nearest legal: deepspeed.zero_optimization.reduce_bucket_size=500000000 with deepspeed.aio.queue_depth=1",
+        ),
+        legal={"deepspeed": {"zero_optimization": {"reduce_bucket_size": 5e8}}},
+    ),
+    Case(
         "optimizer-offload",
         {STATES: "nvme"},
         (f"{STATES}: nvme was asked", "zero_stage is 2", "only in stage 3", f"nearest legal value: cpu, or {ZERO}=3"),
@@ -271,6 +282,32 @@ CASES = (
         {ZERO: 2},
         (f"{WEIGHTS}: cpu was asked", "zero_stage is 2", "only in stage 3", f"nearest legal value: none, or {ZERO}=3"),
         legal={ZERO: 3, WEIGHTS: "cpu"},
+    ),
+    Case(
+        "nvme-gathers",
+        {WEIGHTS: "nvme"},
+        (
+            f"{WEIGHTS}: nvme was asked, but deepspeed.zero_optimization.stage3_max_live_parameters is 100000000, de",
+            f"nearest legal value: cpu, or deepspeed.{GATHER}max_live_parameters=0 with deepspeed.{GATHER}max_reuse",
+        ),
+        legal={
+            ZERO: 3, FOLDER: Path("/scratch"), STATES: "nvme",
+            "deepspeed": {  # configs/gpt2_1542m_offload.yaml's
+                "zero_optimization": {
+                    "stage3_max_live_parameters": 1e8, "stage3_max_reuse_distance": 100_000_000,
+                    "stage3_prefetch_bucket_size": 10_000_000, "reduce_bucket_size": 20_000_000,
+                },
+            },
+        },
+    ),
+    Case(
+        "nvme-gathers",
+        {f"deepspeed.{GATHER}param_persistence_threshold": 100_001},
+        (f"{GATHER}param_persistence_threshold is 100001", f"or deepspeed.{GATHER}param_persistence_threshold=100000"),
+        legal={
+            ZERO: 3, FOLDER: Path("/scratch"), WEIGHTS: "nvme",
+            "deepspeed": {"zero_optimization": {"stage3_max_live_parameters": 0}},
+        },
     ),
     Case(
         "nvme-has-path",
@@ -302,6 +339,30 @@ CASES = (
         {"kernels.layer_norm": "apex"},
         ("kernels.layer_norm: apex was asked", "can't be imported", "nearest legal values: fused, torch"),
         facts=replace(GPU, apex="it can't be imported"),
+    ),
+    Case(
+        "apex-adam-on-gpu",
+        {STATES: "cpu"},
+        (
+            "kernels.adam: apex was asked, but offload.optimizer is cpu", "apex's Adam runs on GPUs only",
+            f"nearest legal values: fused, torch, or {STATES}=none",
+        ),
+        legal={"kernels.adam": "apex"},
+        facts=GPU,
+    ),
+    Case(
+        "apex-adam-on-gpu",
+        {"kernels.adam": "apex"},
+        ("offload.optimizer is nvme",),
+        legal={ZERO: 3, STATES: "nvme", FOLDER: Path("/scratch"), "kernels.layer_norm": "apex"},
+        facts=GPU,
+    ),
+    Case(
+        "apex-adam-on-gpu",
+        {"optimizer.name": "adamw"},
+        ("kernels.adam: apex was asked",),
+        legal={"optimizer.name": "sgd", "kernels.adam": "apex", STATES: "cpu"},
+        facts=GPU,
     ),
     Case(
         "operators-present",
@@ -368,6 +429,39 @@ def test_all_violations_in_one_error_one_sentence_each() -> None:
             assert len(violations(asked.replace(change), CPU)) == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "world", "rule", "suggested"),
+    [
+        ({TP: 8}, 4, "heads-over-tensor", [{TP: 4}, {TP: 2}]),  # 5 would be heads enough, but not on 4 ranks
+        ({PP: 16}, 2, "layers-over-pipeline", [{PP: 2}, {PP: 1}]),
+        ({TP: 8, "schedule.warmup_steps": 101}, 4, "heads-over-tensor", [{TP: 4}, {TP: 2}]),
+    ],
+)
+def test_a_suggestion_is_legal_in_all_where_one_is(changes: dict, world: int, rule: str, suggested: list) -> None:
+    found = {violation.rule: violation for violation in violations(BASE.replace(changes), ranks(world))}
+    assert len(found) > 1 and list(found[rule].suggestions) == suggested
+    assert found[rule].legal == (len(found) == 2)
+    for change in suggested:
+        after = violations(BASE.replace({**changes, **change}), ranks(world))
+        assert {violation.rule for violation in after} == set(found) - {rule, "world-divides"}
+
+
+def test_a_sentence_says_where_others_stay() -> None:
+    both = [str(one) for one in violations(BASE.replace({LENGTH: 65, "training.precision": "fp16", PP: 8}), ranks(8))]
+    assert any(text.endswith("nearest value that ends this refusal: 64, or model.context=65") for text in both)
+    assert any(text.endswith("nearest values that end this refusal: 4, 2") for text in both)
+    assert not any("legal" in text for text in both)
+
+
+def test_a_request_far_from_legal_still_has_a_suggestion() -> None:
+    """7 ranks have layouts of 1 and 7 only, and those break three other rules."""
+    ramp = {"start": 6, "increment": 6, "samples": 100}
+    asked = BASE.replace({TP: 2, SP: True, BATCH: 12, "batch.ramp_up": ramp})
+    for violation in violations(asked, ranks(7)):
+        assert violation.suggestions
+        assert all(not violations(asked.replace(change), ranks(7)) for change in violation.suggestions)
+
+
 def test_suggestion_takes_other_fields_along_where_one_is_not_enough() -> None:
     """Stage 1 for the pipeline, and then no offload; or no pipeline, and then a batch for two replicas."""
     asked = BASE.replace({WEIGHTS: "cpu", ZERO: 3, PP: 2, BATCH: 15, MICRO: 15})
@@ -389,9 +483,80 @@ def nested(dotted: str, value: Any) -> Any:
     return value
 
 
+def legal_and_illegal(theirs: str) -> tuple[list[Any], list[Any]]:
+    """Values of a key, around the border."""
+    kind = DEEPSPEED_ALLOWED[theirs]
+    never = [None, [1], {}, {"a": 1}, "auto", "abc", "", float("nan"), float("inf")]
+    if isinstance(kind, Whole):
+        step = kind.multiple
+        legal = [kind.default, kind.low, kind.low + step, float(kind.low), str(kind.default), f"{kind.default:.12e}"]
+        beyond = [kind.low - step, kind.low - 1, kind.high + step, -5, kind.low + 0.5, True]
+        return legal, never + beyond + [kind.low + 1] * (step > 1)
+    others = {
+        "flops_profiler.recompute_fwd_factor": ([0, 0.5, 2, "1e-1"], [*never, -0.1, True]),
+        "flops_profiler.output_file": (["flops.txt"], [None, [1], {}, "", 1, True]),
+        "comms_logger.prof_ops": ([[], ["all_reduce"]], [None, [1], {}, "all_reduce", 1, True]),
+    }
+    return others.get(theirs, ([True, False], [*never, 1, 0, "true", "maybe", 0.5]))
+
+
 @pytest.mark.parametrize("theirs", DEEPSPEED_ALLOWED)
-def test_every_allowed_key_of_deepspeed_passes(theirs: str) -> None:
-    check(BASE.replace({"deepspeed": nested(theirs, 1), ZERO: 3}), CPU)
+def test_every_allowed_key_of_deepspeed_takes_its_values_and_no_others(theirs: str) -> None:
+    legal, illegal = legal_and_illegal(theirs)
+    for value in legal:
+        check(BASE.replace({"deepspeed": nested(theirs, value), ZERO: 3}), CPU)
+    for value in illegal:
+        # Not through pydantic: an infinity in a file ends as "must be finite" before any rule.
+        asked = BASE.replace({ZERO: 3}).model_copy(update={"deepspeed": nested(theirs, value)})
+        (violation,) = violations(asked, CPU)
+        assert violation.rule == "deepspeed-values", value
+        (change,) = violation.suggestions  # one that the rules take
+        assert f"{theirs} must be {DEEPSPEED_ALLOWED[theirs]}; nearest legal: {next(iter(change))}=" in str(violation)
+
+
+def test_deepspeed_takes_the_same_values_of_its_options() -> None:
+    """Bounds and defaults of ours are its own, or narrower: with its models, which read a part of them."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {"zero_optimization": DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig}
+    for theirs, kind in DEEPSPEED_ALLOWED.items():
+        section, _, key = theirs.rpartition(".")
+        if section not in models:
+            continue
+        for value in legal_and_illegal(theirs)[0]:
+            options = passed_on(BASE.replace({"deepspeed": nested(theirs, value)}))[section]
+            read = models[section](**options)
+            name = key if hasattr(read, key) else key.removeprefix("stage3_")
+            assert getattr(read, name) == options[key] == kind.read(value)
+        default = getattr(models[section](), name)
+        assert default == (list(kind.default) if isinstance(kind.default, tuple) else kind.default), theirs
+
+
+@pytest.mark.parametrize(
+    ("theirs", "value", "nearest"),
+    [
+        ("zero_optimization.reduce_bucket_size", -5, 1), ("zero_optimization.reduce_bucket_size", "abc", 500_000_000),
+        ("zero_optimization.reduce_bucket_size", 2.4, 2), ("zero_optimization.allgather_bucket_size", 2001, 2000),
+        ("aio.block_size", 1000, 1024), ("aio.block_size", 1, 512), ("aio.block_size", 1 << 40, (1 << 31) - 512),
+        ("zero_optimization.overlap_comm", "yes", True), ("zero_optimization.overlap_comm", "maybe", False),
+        ("zero_optimization.reduce_scatter", 0, False), ("comms_logger.prof_ops", "all_reduce", ["all_reduce"]),
+    ],
+)
+def test_the_nearest_value_of_a_deepspeed_option(theirs: str, value: Any, nearest: Any) -> None:
+    (violation,) = violations(BASE.replace({"deepspeed": nested(theirs, value), ZERO: 3}), CPU)
+    assert violation.suggestions == ({f"deepspeed.{theirs}": nearest},)
+
+
+def test_deepspeed_gets_integers() -> None:
+    """Its C++ takes no 1e6 for one; other sections are handed on as they are."""
+    given = {"zero_optimization": {"reduce_bucket_size": 5e8, "overlap_comm": True}, "aio": {"block_size": "1_048_576"}}
+    found = passed_on(BASE.replace({"deepspeed": {**given, "dump_state": False}}))
+    assert found == {
+        "zero_optimization": {"reduce_bucket_size": 500_000_000, "overlap_comm": True},
+        "aio": {"block_size": 1_048_576}, "dump_state": False,
+    }
+    assert type(found["zero_optimization"]["reduce_bucket_size"]) is type(found["aio"]["block_size"]) is int
 
 
 @pytest.mark.parametrize(
@@ -527,6 +692,9 @@ def test_a_plan_multiplies_back_or_every_suggestion_helps(request: tuple[Config,
             for change in violation.suggestions:
                 after = {one.rule for one in violations(config.replace(change), facts)}
                 assert after <= names - {violation.rule}
+                assert not (violation.legal and after)
+            assert violation.suggestions
+            assert ("nearest legal" in str(violation)) == violation.legal != ("this refusal:" in str(violation))
         return
     assert plan.tensor * plan.pipeline * plan.data == plan.world_size == facts.world_size
     assert plan.micro_batch * plan.data * plan.accumulation == plan.global_batch == config.batch.global_batch
