@@ -185,11 +185,12 @@ DEEPSPEED_ALLOWED: Mapping[str, Kind] = {
     "zero_optimization.stage3_max_reuse_distance": Whole(1_000_000_000, 0),
     "zero_optimization.stage3_prefetch_bucket_size": Whole(50_000_000, 0),
     "zero_optimization.stage3_param_persistence_threshold": Whole(100_000, 0),
-    # Direct reads and writes are of multiples of 512 bytes; with other blocks DeepSpeed's operators fail without an
-    # error or end the process.
+    # Direct reads and writes are of multiples of 512 bytes; with other blocks DeepSpeed's operators end the process.
     "aio.block_size": Whole(1_048_576, 512, _MOST_IN_C, 512),
-    "aio.queue_depth": Whole(8, 1, 65_536),  # what Linux allows a machine (fs.aio-max-nr), unless told otherwise
-    "aio.intra_op_parallelism": Whole(1, 1, 1024),  # threads
+    # Linux allows a machine 65,536 requests at once (fs.aio-max-nr), which all ranks, their handles and the threads of
+    # each share; beyond them the operators end the process.
+    "aio.queue_depth": Whole(8, 1, 1024),
+    "aio.intra_op_parallelism": Whole(1, 1, 64),  # threads
     "aio.single_submit": Flag(False),
     "aio.overlap_events": Flag(True),
     "comms_logger.enabled": Flag(False),
