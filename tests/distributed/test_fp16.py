@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.support.train import small_config
 
 FP16 = {"training.precision": "fp16"}
 SCALE, STATES = "training.initial_loss_scale", "offload.optimizer"
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +76,10 @@ WARM = {"schedule.name": "linear", "schedule.warmup_steps": 4, "schedule.decay_s
         (2, {ZERO: 2}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
         (2, {ZERO: 3}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
         (2, {TP: 2}, 1, "rank 1 (stage 0, replica 0, shard 1), samples 14 to 15"),  # an all-reduce takes it to rank 0
-        (1, {STATES: "cpu"}, 0, "rank 0 (stage 0, replica 0, shard 0), samples 14 to 15"),
+        slow(1, {STATES: "cpu"}, 0, "rank 0 (stage 0, replica 0, shard 0), samples 14 to 15"),
         (2, {PP: 2, STATES: "cpu"}, 1, "rank 1 (stage 1, replica 0, shard 0), samples 14 to 15"),
-        (2, {ZERO: 2, STATES: "cpu"}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
-        (2, {ZERO: 3, STATES: "cpu"}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
+        slow(2, {ZERO: 2, STATES: "cpu"}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
+        slow(2, {ZERO: 3, STATES: "cpu"}, 1, "rank 1 (stage 0, replica 1, shard 0), samples 14 to 15"),
     ],
     ids=["one", "pp2-dp2", "dp2-zero2", "dp2-zero3", "tp2", "one-cpu", "pp2-cpu", "dp2-zero2-cpu", "dp2-zero3-cpu"],
 )
@@ -118,8 +120,8 @@ def test_the_samples_that_are_named_are_those_that_were_read(micro_batch, replic
 
 
 @pytest.mark.parametrize("precision, layout", [
-    ("fp32", {}), ("bf16", {ZERO: 2}), ("fp32", {ZERO: 3}), ("fp32", {ZERO: 1, STATES: "cpu"}),
-    ("bf16", {ZERO: 1, STATES: "cpu"}), ("bf16", {ZERO: 2, STATES: "cpu"}),
+    ("fp32", {}), ("bf16", {ZERO: 2}), ("fp32", {ZERO: 3}), slow("fp32", {ZERO: 1, STATES: "cpu"}),
+    slow("bf16", {ZERO: 1, STATES: "cpu"}), ("bf16", {ZERO: 2, STATES: "cpu"}),
 ])
 def test_a_gradient_that_is_not_finite_is_skipped_without_a_scaler_too(pool, precision, layout):
     changes = {"training.precision": precision, **WARM, **layout}
