@@ -22,6 +22,7 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ from megagpt2.parallel.launch import RankEnvironment, detect, export
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import build_topology
 from megagpt2.planning.stages import stage_shares
-from megagpt2.run.material import Material, check_directory, claim_directory, open_material
+from megagpt2.run.material import Material, check_directory, claim_directory, leave_directory, open_material
 from megagpt2.run.resume import agree_on_checkpoint, agree_on_request, load_state, on_rank_0, snapshot
 from megagpt2.training import offload
 from megagpt2.training.console import Console
@@ -187,10 +188,14 @@ def train(config: Config, plan: Plan, material: Material, environment: RankEnvir
     loaded, notes = agree_on_checkpoint(config, material, device)
     # Not before: a refused request leaves no trace.
     on_rank_0(lambda: str(claim_directory(config.run.directory)), device)
+    topology = build_topology(plan.tensor, plan.pipeline)
+    try:
+        engine = build_engine(config, plan, topology, device)
+    except ConfigError:  # offload.nvme_path, which only the run that has the directory may try
+        on_rank_0(lambda: leave_directory(config.run.directory), device)
+        raise
     if environment.rank == 0:
         save_config(config, config.run.directory / "config.yaml")
-    topology = build_topology(plan.tensor, plan.pipeline)
-    engine = build_engine(config, plan, topology, device)
     atexit.register(offload.remove_files, config, environment.rank)  # where the run ends by an error
     progress = load_state(engine, loaded)
     length, seed = config.sequence_length, config.training.seed
@@ -267,5 +272,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def end_process(code: int) -> NoReturn:
+    """Exit without the interpreter's last garbage collection. Process groups die in it, and one that waits there for a
+    thread which waits for the interpreter never ends: finished ranks hung so, twice in 90 starts on a busy machine."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

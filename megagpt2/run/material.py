@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from dataclasses import dataclass, field
@@ -132,6 +133,15 @@ def claim_directory(directory: Path) -> int:
     except OSError:
         pass  # a file system without locks: the run can go on without this protection
     return lock
+
+
+def leave_directory(directory: Path) -> None:
+    """Undo what `claim_directory` created, for a request that is refused after it. An earlier run's folder stays."""
+    if {path.name for path in directory.iterdir()} <= {".lock", "checkpoints"}:
+        with contextlib.suppress(OSError):  # there are checkpoints
+            (directory / "checkpoints").rmdir()
+            (directory / ".lock").unlink()
+            directory.rmdir()
 
 
 def check_directory(directory: Path) -> None:

@@ -67,10 +67,17 @@ def test_a_killed_run_goes_on_bit_by_bit_and_cleans_up(text, tmp_path):
 
 
 def test_a_folder_that_takes_no_files_is_refused(text, tmp_path):
+    """Before anything is written: a new run.directory is gone again, an earlier run's keeps its configuration."""
     need_nvme()
     (tmp_path / "nvme").write_text("a file")
-    [ended] = end_all(start_pretrain(nvme_config(text, tmp_path / "run")))
-    assert ended.code == 2 and "offload.nvme_path" in ended.errors and "can't be written" in ended.errors, ended
+    config, earlier = nvme_config(text, tmp_path / "run"), tmp_path / "earlier"
+    (earlier / "checkpoints").mkdir(parents=True)
+    (earlier / "config.yaml").write_text("kept")
+    for directory in (config.run.directory, earlier):
+        [ended] = end_all(start_pretrain(config.replace({"run.directory": directory})))
+        assert ended.code == 2 and "offload.nvme_path" in ended.errors and "can't be written" in ended.errors, ended
+    assert not config.run.directory.exists()
+    assert (earlier / "config.yaml").read_text() == "kept" and (earlier / "checkpoints").is_dir()
 
 
 def test_a_folder_in_memory_is_refused(text, tmp_path):
