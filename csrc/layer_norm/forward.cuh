@@ -11,7 +11,8 @@ namespace megagpt2 {
 //     warp per row      4 rows a block         up to 8 packs a lane
 //     block per row     256 threads            up to 4 packs a thread
 //                       512                    up to 8: more threads would leave too few registers to dropout
-//     wider rows        1024 threads           x is read again for the variance and for y, from the L2 cache mostly
+//     wider rows        as many as the Source  x is read again for the variance and for y, from the L2 cache mostly
+//                       has registers for
 constexpr int kRowsOfWarps = 4, kMostThreads = 512, kMostPacks = 8;
 
 // Over a row's block, or its warp: then nothing is shared.
@@ -104,25 +105,24 @@ __global__ void __launch_bounds__(THREADS == kWarp ? kRowsOfWarps * kWarp : THRE
   }
 }
 
-constexpr int kWidest = 1024;  // threads
-
 template <typename T, int V, typename Source>
-__global__ void __launch_bounds__(kWidest) forward_wide_rows(
+__global__ void __launch_bounds__(Source::kWideThreads) forward_wide_rows(
     Source source, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ y,
     float* __restrict__ means, float* __restrict__ rstds, int64_t rows, int64_t width, float epsilon) {
+  constexpr int64_t kStep = int64_t{Source::kWideThreads} * V;
   __shared__ float shared[6][kWarp];
   int turn = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn = 3 - turn) {
     const T* from = source.values + row * width;
     float sum = 0.0f;
-    for (int64_t column = threadIdx.x * V; column < width; column += kWidest * V) {
+    for (int64_t column = threadIdx.x * V; column < width; column += kStep) {
       const Pack<T, V> part = source.template take<V>(row, column, row * width + column);
 #pragma unroll
       for (int v = 0; v < V; ++v) sum += to_float(part.value[v]);
     }
     const float center = block_sum(sum, shared[turn]) / width;
     Two sums = {0.0f, 0.0f};
-    for (int64_t column = threadIdx.x * V; column < width; column += kWidest * V) {
+    for (int64_t column = threadIdx.x * V; column < width; column += kStep) {
       const Pack<T, V> part = load_pack<V>(from + column);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kWidest) forward_wide_rows(
       }
     }
     const auto [mean, rstd] = moments_of(center, block_sum(sums, shared + turn + 1), width, epsilon);
-    for (int64_t column = threadIdx.x * V; column < width; column += kWidest * V) {
+    for (int64_t column = threadIdx.x * V; column < width; column += kStep) {
       store_pack<V>(
           y + row * width + column,
           normalized<T, V>(load_pack<V>(from + column), weight + column, bias + column, mean, rstd));
@@ -170,7 +170,7 @@ void forward(
   } else if (packs <= kMostPacks * kMostThreads) {
     launch(launch_forward<T, V, kMostThreads, kMostPacks, Source>);
   } else {
-    forward_wide_rows<T, V, Source><<<grid_of(rows), kWidest, 0, stream>>>(
+    forward_wide_rows<T, V, Source><<<grid_of(rows), Source::kWideThreads, 0, stream>>>(
         source, weight, bias, y, means, rstds, rows, width, epsilon);
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();

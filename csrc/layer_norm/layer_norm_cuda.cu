@@ -9,6 +9,7 @@ namespace {
 // Rows to normalize that are there already.
 template <typename T>
 struct Given {
+  static constexpr int kWideThreads = 1024;
   const T* values;
 
   template <int V>
@@ -97,6 +98,8 @@ __global__ void __launch_bounds__(kBackwardThreads, PACKS == 1 ? 2 : 1) backward
     }
   }
 }
+
+constexpr int kWidest = 1024;  // threads
 
 // Rows that are wider than a block's registers: x and dy are read twice, the sums of a block live in its rows of
 // `partial`, which begins with zeros.

@@ -11,6 +11,7 @@ namespace {
 // Rows to normalize that are made, and stored, as they are taken.
 template <typename T>
 struct Summed {
+  static constexpr int kWideThreads = 512;  // of 1024 none may have more than 64 registers: dropout would spill some
   const T *x, *bias, *residual;  // bias may be null
   RowDropout dropout;
   T* values;
