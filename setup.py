@@ -24,7 +24,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 # Only the stable interfaces of torch 2.11 and Python 3.10: later ones have them too.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-NVCC = ["-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DMEGAGPT2_CUDA", *STABLE]
+NVCC = ["-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE]
 ARCHITECTURES = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST names others; newer GPUs compile the PTX as they load it
 
 
@@ -70,9 +70,11 @@ def extension_arguments() -> dict:
         flags["cxx"].append("-fopenmp")
     if with_cuda:
         paths += sorted(ROOT.glob("csrc/*/*.cu"))
-        flags["cxx"].append("-DMEGAGPT2_CUDA")
-        flags["nvcc"] = [*NVCC, stamp]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)  # not that of a GPU which happens to be here
+        # What torch makes of that list for nvcc, in short: the module says what it was built for.
+        targets = [flag.rpartition("code=")[2] for flag in cpp_extension._get_cuda_arch_flags()]
+        flags["cxx"].append(f"-DMEGAGPT2_CUDA={'-'.join(targets)}")
+        flags["nvcc"] = [*NVCC, stamp]
     make_extension = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = make_extension(
         name="megagpt2._C",

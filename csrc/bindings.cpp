@@ -3,7 +3,7 @@
 //
 // The module itself says only what it was built from, so that a build that is out of date is seen:
 //     SOURCES   a hash of csrc/ (setup.py, megagpt2/kernels/extension.py)
-//     CUDA      whether the operators for CUDA devices are in it
+//     CUDA      the architectures of the operators for CUDA devices, "sm_80-sm_90-compute_90", or nothing
 //
 // Only stable interfaces are used, Python's limited one (from 3.11) and torch's (from 2.11): a build serves later ones.
 #include <Python.h>
@@ -11,10 +11,8 @@
 #define MEGAGPT2_TEXT(x) #x
 #define MEGAGPT2_TEXT_OF(x) MEGAGPT2_TEXT(x)
 
-#ifdef MEGAGPT2_CUDA
-constexpr int kCuda = 1;
-#else
-constexpr int kCuda = 0;
+#ifndef MEGAGPT2_CUDA
+#define MEGAGPT2_CUDA
 #endif
 
 PyMODINIT_FUNC PyInit__C() {
@@ -22,7 +20,7 @@ PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   if (PyModule_AddStringConstant(module, "SOURCES", MEGAGPT2_TEXT_OF(MEGAGPT2_SOURCES)) < 0 ||
-      PyModule_AddIntConstant(module, "CUDA", kCuda) < 0) {
+      PyModule_AddStringConstant(module, "CUDA", MEGAGPT2_TEXT_OF(MEGAGPT2_CUDA)) < 0) {
     Py_DECREF(module);
     return nullptr;
   }

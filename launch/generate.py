@@ -20,6 +20,7 @@ from megagpt2.checkpoint import store
 from megagpt2.checkpoint.formats.huggingface import Weights, read_model_config
 from megagpt2.data.tokenizer import Tokenizer
 from megagpt2.generation.sampling import Sampling, generate
+from megagpt2.kernels.extension import EXTENSION
 from megagpt2.model.gpt2 import GPT2
 from megagpt2.model.layers import DenseBuilder
 
@@ -38,6 +39,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest of mass p (default: 1)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--allow-reference", action="store_true",
+        help="on a GPU that the compiled operators are not built for: plain torch in their place, which is slower",
+    )
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
@@ -95,6 +100,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if cuda else "cpu")
+    problem = EXTENSION.problem(device.type)
+    if problem and cuda and not arguments.allow_reference:
+        print(
+            f"generate: the compiled operators can't be used on this GPU: {problem}. Or give --allow-reference, or"
+            " --device cpu", file=sys.stderr,
+        )
+        return 2
+    if problem:
+        print(f"generate: operators: {EXTENSION.describe(device.type)}", file=sys.stderr)
     try:
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         model, tokenizer = load(model_folder(arguments.checkpoint), device)

@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
             overrides.append(f"training.check_replicas={arguments.check_replicas}")
         config = load_config(arguments.config, overrides)
         facts = Facts.detect(environment.world_size, config.training.device)
-        facts = replace(facts, operators=EXTENSION.problem_here(facts.device))
+        facts = replace(facts, operators=EXTENSION.problem(facts.device))
         plan = check(config, facts)
         material = open_material(config, plan)
         check_directory(config.run.directory)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from launch import generate
+from megagpt2.kernels.extension import Extension
 from tests.support.runs import ROOT, Process, checkpoint, end_all
 
 transformers = pytest.importorskip("transformers")
@@ -111,3 +112,13 @@ def test_the_program_itself(folder, say, tmp_path):
         (end,) = end_all([Process(command, {}, stdin=prompt)])
     assert end.code == 0, end
     assert end.output == say("--prompt", "the cat")
+
+
+def test_a_gpu_without_operators_is_named_before_anything_is_read(monkeypatch, capsys):
+    """Unless plain torch is allowed: then it is told, and goes on to what is wrong next."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(generate, "EXTENSION", Extension(True))
+    assert generate.main(["--checkpoint", "nowhere"]) == 2
+    assert "can't be used on this GPU" in (errors := capsys.readouterr().err) and "--allow-reference" in errors
+    assert generate.main(["--checkpoint", "nowhere", "--allow-reference"]) == 2
+    assert "operators: reference (" in (errors := capsys.readouterr().err) and "nowhere is not a folder" in errors

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from megagpt2.kernels.extension import EXTENSION, Extension
 from tests.support.kernels import assert_as_exact, compiled, devices, with_gradients
@@ -114,14 +115,30 @@ def test_small_tensors_are_left_to_torch(name, monkeypatch):
 def test_a_device_that_is_no_cpu_serves_tensors_of_any_size():
     x = torch.empty(1, device="meta")
     assert not Extension(True).serves(torch.empty(1), fewest=2) and Extension(True).serves(torch.empty(2), fewest=2)
-    assert not Extension(True, cuda=True).serves(x)  # meta tensors have no operator of their own: the references
+    assert not Extension(True, cuda="sm_90").serves(x)  # meta tensors have no operator of their own: the references
 
 
-@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
-def test_gpus_too_old_are_named(monkeypatch, capability, refused):
+@pytest.mark.parametrize(
+    ("built", "capability", "says"),
+    [
+        ("sm_80 sm_90 compute_90", (7, 5), "8.0 or newer, and this one has 7.5"),
+        ("sm_80 sm_90 compute_90", (8, 0), None),
+        ("sm_80 sm_90 compute_90", (8, 9), None),  # runs 8.0's
+        ("sm_80 sm_90 compute_90", (10, 0), None),  # compiles the PTX
+        ("sm_80 sm_90", (10, 0), "built for sm_80 sm_90, and this GPU's compute capability is 10.0"),
+        ("sm_90 compute_90", (8, 0), "TORCH_CUDA_ARCH_LIST=8.0 make setup"),
+        ("sm_86", (8, 0), "built for sm_86"),
+        ("sm_90a compute_90a", (9, 0), None),
+        ("sm_90a compute_90a", (10, 0), "built for sm_90a"),
+    ],
+)
+def test_gpus_that_the_operators_are_not_for_are_named(monkeypatch, built, capability, says):
+    """And are not served: where references are allowed, they are what runs."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    problem = Extension(True, cuda=True).problem_here("cuda")
-    assert (problem is not None) == refused
-    assert not refused or "8.0 or newer, and this one has 7.5" in problem
-    assert Extension(True).problem_here("cpu") is None
-    assert "without cuda" in Extension(True).problem_here("cuda")
+    extension = Extension(True, cuda=built)
+    problem = extension.problem("cuda")
+    assert problem is None if says is None else says in problem
+    with FakeTensorMode():
+        assert extension.serves(torch.empty(3, device="cuda")) == (says is None)
+    assert extension.problem("cpu") is None
+    assert "without cuda" in Extension(True).problem("cuda")

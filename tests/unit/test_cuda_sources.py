@@ -76,10 +76,11 @@ def test_a_build_is_for_the_devices_that_are_named(monkeypatch):
     monkeypatch.delenv("MEGAGPT2_NO_EXT", raising=False)
     [module] = SETUP["extension_arguments"]()["ext_modules"]
     assert {path.name for path in SOURCES} <= {Path(name).name for name in module.sources}
-    assert "-DMEGAGPT2_CUDA" in module.extra_compile_args["cxx"]
+    assert "-DMEGAGPT2_CUDA=sm_80-compute_90-sm_90" in module.extra_compile_args["cxx"]
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == SETUP["ARCHITECTURES"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
-    SETUP["extension_arguments"]()
+    [module] = SETUP["extension_arguments"]()["ext_modules"]
+    assert "-DMEGAGPT2_CUDA=sm_100" in module.extra_compile_args["cxx"]
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == "10.0"
 
 

@@ -116,11 +116,13 @@ def table(rows: list[Row]) -> str:
                      for line in lines)
 
 
-def report(rows: list[Row], file: Path | None, device: str = "cpu") -> None:
-    """Print the machine and the table; write {"machine", "rows"} to `file`."""
+def report(
+    rows: list[Row], file: Path | None, device: str = "cpu", text: Callable[[list[Row]], str] = table
+) -> None:
+    """Print the machine and the rows as `text`; write {"machine", "rows"} to `file`."""
     facts = machine(device)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(table(rows))
+    print(text(rows))
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.partial")

@@ -108,7 +108,7 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("kernels: this machine has no CUDA device: leave --device cuda out", file=sys.stderr)
         return 2
-    if EXTENSION.problem_here(options.device):
+    if EXTENSION.problem(options.device):
         print(f"kernels: there is nothing to measure, the operators are {EXTENSION.describe(options.device)}",
               file=sys.stderr)
         return 2
