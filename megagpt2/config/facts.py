@@ -62,6 +62,9 @@ def apex_problem() -> str | None:
                 return f"the apex that is installed has no {part}: it is another project, or built without extensions"
         except ImportError as error:
             return f"{part} can't be imported ({error})"
+    for module in ("fused_layer_norm_cuda", "amp_C"):  # what these parts load at their first use
+        if importlib.util.find_spec(module) is None:
+            return f"apex was built without its CUDA extensions ({module} is missing): build it with APEX_CUDA_EXT=1"
     return None
 
 

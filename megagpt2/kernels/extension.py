@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 MODULE = "megagpt2._C"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"  # in an installation without them there is nothing to compare
@@ -92,9 +93,10 @@ class Extension:
         narrowest: int = 0,
     ) -> bool:
         """Whether a compiled operator takes these, and those that are not given (None): all on one device,
-        floating-point ones of `types`. On a CPU x has to have at least `fewest` elements, and `narrowest` columns."""
+        floating-point ones of `types`. On a CPU x has to have at least `fewest` elements, and `narrowest` columns.
+        Never within a forward-mode derivative: the operators have none, and torch would take it for zero."""
         device = x.device
-        if self.problem(device.type):
+        if self.problem(device.type) or forward_ad._current_level >= 0:
             return False
         if device.type == "cpu" and (x.numel() < fewest or x.shape[-1] < narrowest) and not self.always:
             return False

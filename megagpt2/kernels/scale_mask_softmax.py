@@ -29,6 +29,9 @@ from megagpt2.kernels.dropout import dropout_reference
 from megagpt2.kernels.extension import EXTENSION
 from megagpt2.kernels.fakes import contiguous_like
 
+# The compiled operator cuts scores off at -126 / scale, which is no number in fp32 where the scale is smaller.
+_LEAST_SCALE = 1e-36
+
 
 class WeightDropout(NamedTuple):
     """Which weights are dropped: the arguments of kernels/dropout.py.
@@ -77,7 +80,8 @@ def scale_mask_softmax(
     """
     _check(scores, mask, dropout)
     samples, key, probability, start = dropout or (None, (0, 0), 0.0, 0)
-    if EXTENSION.serves(scores, mask, samples):
+    tiny = 0.0 < abs(scale) < _LEAST_SCALE
+    if EXTENSION.serves(scores, mask, samples) and not tiny:
         mask = None if mask is None else mask.expand(scores.shape)
         return torch.ops.megagpt2.scale_mask_softmax(
             scores, scale, causal, mask, samples, *key, probability, start

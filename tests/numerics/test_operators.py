@@ -118,6 +118,18 @@ def test_a_device_that_is_no_cpu_serves_tensors_of_any_size():
     assert not Extension(True, cuda="sm_90").serves(x)  # meta tensors have no operator of their own: the references
 
 
+@compiled
+@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_derivatives_are_the_references(name, probability):
+    """Not silently zero: the compiled operators have none."""
+    operator = operator_of(name, 3, 5, probability)
+    inputs = tuple(operator.inputs(torch.float32))
+    tangents = tuple(map(torch.randn_like, inputs))
+    (_, found), (_, expected) = (torch.func.jvp(f, inputs, tangents) for f in (operator.ours, operator.reference))
+    assert torch.equal(found, expected) and found.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("built", "capability", "says"),
     [

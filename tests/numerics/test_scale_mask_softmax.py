@@ -265,7 +265,7 @@ def test_scores_may_be_as_large_as_their_type_allows(device, dtype, scale):
 
 @compiled
 @devices
-@pytest.mark.parametrize("scale", [0.0, 1e-46, -1e-46, 2.3e38])
+@pytest.mark.parametrize("scale", [0.0, 1e-46, -1e-46, 1e-44, -1e-40, 3e-37, 2e-36, 2.3e38])
 def test_a_scale_may_be_almost_any_number_of_fp32(device, scale):
     """At 0 and below the smallest all finite scores are alike; from 2.36e38 on the exponent's factor is its largest."""
     scores = torch.tensor([[3e38, -3e38, 0.0, 1.0], [1e-38, 0.0, -1e-38, 2e-38], [0.0, -math.inf, 1.0, 2.0]])

@@ -84,10 +84,15 @@ def test_a_model_uses_the_one_that_is_asked_for(name, make):
 
 def test_whether_apex_is_there(monkeypatch, apex):
     """The package index's "apex" is another project: it can be found, its parts can't."""
-    found = {"apex": True, "apex.normalization": True, "apex.optimizers": False}
+    found = {
+        "apex": True, "apex.normalization": True, "apex.optimizers": False, "fused_layer_norm_cuda": True,
+        "amp_C": False,
+    }
     monkeypatch.setattr(facts.importlib.util, "find_spec", lambda name: found.get(name) or None)
     assert "another project" in facts.apex_problem()
     found["apex.optimizers"] = True
+    assert "amp_C is missing" in facts.apex_problem()  # a build of its Python alone
+    found["amp_C"] = True
     assert facts.apex_problem() is None
     found["apex"] = False
     assert "can't be imported" in facts.apex_problem()
