@@ -7,7 +7,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-nvme quickstart test test-slow test-cuda bench lint
+.PHONY: help setup setup-nvme quickstart test test-slow test-cuda test-reference bench lint
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -111,6 +111,11 @@ test-slow: setup ## the slow tests, and where there is a CUDA device the GPU tes
 
 test-cuda: setup ## CUDA sources without a GPU: they compile, spill no registers, and are right run thread by thread
 	$(VENV_PYTHON) -m pytest $(ARGS) -m slow tests/unit/test_cuda_sources.py tests/unit/test_cuda_on_cpu.py
+
+test-reference: setup ## operators, model, layouts and whole runs in plain torch, as where there is no compiler
+	MEGAGPT2_REFERENCE=1 $(VENV_PYTHON) -m pytest $(ARGS) -m "not slow and not gpu" \
+		tests/numerics tests/unit/test_backends.py tests/distributed/test_layouts.py tests/distributed/test_replicas.py \
+		tests/integration/test_pretrain.py tests/integration/test_generate.py tests/integration/test_resume.py
 
 bench: setup ## every benchmark of tools/bench, with tables here and JSON in build/bench
 	@set -e; for file in $(filter-out tools/bench/common.py,$(wildcard tools/bench/*.py)); do \

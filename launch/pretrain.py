@@ -41,6 +41,7 @@ from megagpt2.data.order import Order
 from megagpt2.data.tokenizer import Tokenizer
 from megagpt2.generation.sampling import Sampling, generate
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.model.attention import automatic
 from megagpt2.parallel.launch import RankEnvironment, detect, export
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import build_topology
@@ -96,11 +97,15 @@ def start_ranks(environment: RankEnvironment, plan_device: str) -> torch.device:
     return device
 
 
-def attention_for_people(config: Config) -> str:
-    """Which attention runs, and why where it was chosen for the user."""
+def attention_for_people(config: Config, plan: Plan, device: str) -> str:
+    """Which attention trains, and why where it was chosen for the user."""
     if config.kernels.attention != "auto":
         return config.kernels.attention
-    return "fused_softmax, as sdpa can't draw attention dropout" if config.model.attention_dropout else "sdpa"
+    dropped, size = config.model.attention_dropout > 0, 4 if plan.precision == "fp32" else 2
+    chosen = automatic(device, size, config.sequence_length, True, dropped)
+    if chosen == "sdpa":
+        return chosen
+    return f"{chosen}, as sdpa {'cannot draw attention dropout' if dropped else 'is slower here'}"
 
 
 def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironment) -> dict[str, str]:
@@ -117,7 +122,7 @@ def header(config: Config, plan: Plan, engine: Engine, environment: RankEnvironm
         f" {plan.micro_batch} on each of {plan.data} replicas",
         "precision": plan.precision,
         "operators": EXTENSION.describe(engine.device.type),
-        "attention": attention_for_people(config),
+        "attention": attention_for_people(config, plan, engine.device.type),
         "devices": f"{environment.world_size} x {engine.device.type}, started by {environment.launcher}",
         "run": str(config.run.directory),
     }

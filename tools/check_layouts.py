@@ -30,10 +30,11 @@ from megagpt2.config.rules import Plan  # noqa: E402
 from tests.support.matrix import COVERED, WORLDS, References, all_layouts, check_layout, fast_cover  # noqa: E402
 from tests.support.parity import Errors  # noqa: E402
 from tests.support.pool import Pool  # noqa: E402
+from tools import sections  # noqa: E402
 
 PRECISIONS = ("fp32", "bf16")
 TOLD_EVERY = 10  # layouts, where the progress bar has no terminal
-BEGIN, END = "<!-- layouts: begin -->", "<!-- layouts: end -->"
+SECTION = "layouts"
 
 
 def markdown(rows: dict[str, dict[str, Errors]], plain: Errors, seconds: float) -> str:
@@ -55,16 +56,6 @@ def markdown(rows: dict[str, dict[str, Errors]], plain: Errors, seconds: float) 
         cells += [f"{e:.1e}" for e in (rounded.loss, rounded.gradient)] if rounded else [""] * 2
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def replace_section(path: Path, text: str) -> None:
-    """Put text between the two markers of a file."""
-    old = path.read_text(encoding="utf-8")
-    before, begin, rest = old.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-    temporary.replace(path)
 
 
 class Progression:
@@ -114,9 +105,7 @@ def why_no_table(arguments: argparse.Namespace) -> str | None:
             f"--update writes the table of all layouts over {arguments.update}'s, and {' and '.join(partial)} would"
             " leave some out: give --update alone, or leave it out"
         )
-    if not all(mark in arguments.update.read_text("utf-8") for mark in (BEGIN, END)):
-        return f"{arguments.update} lacks {BEGIN} and {END}: name a file that has them"
-    return None
+    return sections.problem(arguments.update, SECTION)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: both")
     parser.add_argument("--ranks", nargs="+", type=int, choices=WORLDS, metavar="N", help="default: 1 to 4")
     parser.add_argument("--pairwise", action="store_true", help="only the fast tests' cover, of 1, 2 and 4 ranks")
-    parser.add_argument("--update", type=Path, metavar="FILE", help=f"write the table between {BEGIN} and {END}")
+    where = " and ".join(sections.marks(SECTION))
+    parser.add_argument("--update", type=Path, metavar="FILE", help=f"write the table between {where}")
     arguments = parser.parse_args(argv)
     if arguments.update and (why := why_no_table(arguments)):
         print(f"layouts: {why}", file=sys.stderr)
@@ -151,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     text = markdown(rows, plain, time.monotonic() - begin)
     console.print(text, markup=False)
     if arguments.update and not failed:
-        replace_section(arguments.update, text)
+        sections.replace(arguments.update, SECTION, text)
     if failed:
         print(f"layouts: {failed} of {len(plans)} are over the limits", file=sys.stderr)
     return 1 if failed else 0

@@ -21,12 +21,13 @@ from torch import Tensor
 from megagpt2.kernels.checks import check_same, check_vector, checked_dropout
 from megagpt2.kernels.derivatives import last_derivative
 from megagpt2.kernels.dropout import dropout_reference
-from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 
-# From how many elements on, on a CPU without dropout. Against torch on two threads (tools/bench/break_even.py):
-# forward 0.5 times as fast at 49,152 elements, 1.1 at 786,432, there with backward 0.7 to 0.9.
-FEWEST = 2**20
+# Where nothing is dropped (else the reference is slower everywhere). Times as fast as torch on a CPU, forward and with
+# backward (tools/bench/break_even.py): 0.6 to 1.2 at 262,144 elements, 0.9 to 2.0 at 1,048,576 of rows of 64 or more;
+# rows of 16 in fp32 0.4 to 0.6, of one element 0.05.
+WORTH = Worth(fewest=2**20, narrowest=64)
 
 
 def bias_dropout_add_reference(
@@ -47,11 +48,13 @@ def bias_dropout_add(
     samples, key, probability and start are those of `dropout`, and not looked at where the probability is 0.
     Raises ValueError for tensors that don't fit.
     """
+    if not x.dim():
+        raise ValueError("x is a scalar: give [batch, ..., width]")
     if bias is not None:
         check_vector(x, bias, "bias")
     check_same(x, residual, "residual")
     samples, key, probability, start = checked_dropout(x, samples, key, probability, start)
-    if EXTENSION.serves(x, bias, residual, samples, fewest=0 if probability else FEWEST):
+    if EXTENSION.serves(x, bias, residual, samples, worth=None if probability else WORTH):
         return torch.ops.megagpt2.bias_dropout_add(x, bias, residual, samples, *key, probability, start)
     return bias_dropout_add_reference(x, bias, residual, samples, key, probability, start)
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from megagpt2.kernels.checks import check_vector
 from megagpt2.kernels.derivatives import last_derivative
-from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 
-# From how many elements on, on a CPU without dropout. Against torch on two threads (tools/bench/break_even.py):
-# forward 1.0 times as fast at 12,288 elements, with backward 0.9 to 1.1 at 49,152, 1.2 at 196,608.
-FEWEST = 2**16
+# Times as fast as torch on a CPU, forward and with backward (tools/bench/break_even.py): 0.6 to 1.5 at 16,384 elements,
+# 1.0 to 3.7 at 65,536 of rows of 16 or more; rows of 4 with backward 0.7 to 1.0, of one element 0.2.
+WORTH = Worth(fewest=2**16, narrowest=16)
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """gelu(x + bias) for x [..., width] and bias [width] of x's type; raises ValueError for another bias."""
     check_vector(x, bias, "bias")
-    if EXTENSION.serves(x, bias, fewest=FEWEST):
+    if EXTENSION.serves(x, bias, worth=WORTH):
         return torch.ops.megagpt2.bias_gelu(x, bias)
     return bias_gelu_reference(x, bias)
 

@@ -2,7 +2,7 @@
 
 They are used where `megagpt2._C` was built from the sources at hand, for the devices and element types that it knows.
 Otherwise the references in plain torch compute the same: the random bits are equal, everything else up to rounding.
-MEGAGPT2_REFERENCE=1 in the environment asks for the references.
+MEGAGPT2_REFERENCE=1 in the environment asks for the references, and so does MEGAGPT2_NO_EXT=1, which builds nothing.
 
 A call of ours costs some microseconds more than one of torch's, and a row of a few elements more than its share, so a
 tensor can be too small or too narrow for it to pay: each operator says what it wants on a CPU, as measured
@@ -33,16 +33,29 @@ _SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code for these architectures ("sm_80 sm_90 compute_90") runs on a GPU of this compute capability.
 
-    sm_XY is code for X.Y and later ones of X; compute_XY is PTX, which the driver compiles for X.Y and all later ones;
-    with a letter (sm_90a) both are for that GPU alone (CUDA C++ Programming Guide, "Application compatibility").
+    sm_XY is code for X.Y and later ones of X; compute_XY is PTX, which the driver compiles for X.Y and all later ones.
+    With an "a" both are for X.Y alone, with an "f" for X.Y and later ones of X (CUDA C++ Programming Guide,
+    "Application compatibility").
     """
     for kind, digits, letter in re.findall(r"(sm|compute)_(\d+)([af]?)", architectures):
         built = divmod(int(digits), 10)
-        if built == capability or (
-            not letter and built <= capability and (kind == "compute" or built[0] == capability[0])
-        ):
+        family = built[0] == capability[0] or (kind == "compute" and not letter)
+        if built == capability or (letter != "a" and family and built <= capability):
             return True
     return False
+
+
+@dataclass(frozen=True)
+class Worth:
+    """From which shapes on a compiled operator is as fast as torch's own on a CPU, or faster, as measured."""
+
+    fewest: int = 0
+    """Elements: a call of ours costs more."""
+    narrowest: int = 0
+    """Elements of a row: so does its beginning and end."""
+
+    def covers(self, x: torch.Tensor) -> bool:
+        return x.numel() >= self.fewest and x.shape[-1] >= self.narrowest
 
 
 @dataclass(frozen=True)
@@ -75,30 +88,31 @@ class Extension:
 
     @cached_property
     def _problem_of_gpu(self) -> str | None:
-        """Why this machine's GPU is none that they are for. Asked once: this is looked at before every call."""
-        capability = torch.cuda.get_device_capability()
-        found = ".".join(map(str, capability))
-        if capability < OLDEST_GPU:
-            needed = ".".join(map(str, OLDEST_GPU))
-            return f"they need a GPU of compute capability {needed} or newer, and this one has {found}"
-        if not runs_on(self.cuda, capability):
-            return (
-                f"{MODULE} was built for {self.cuda}, and this GPU's compute capability is {found}: build it again with"
-                f" TORCH_CUDA_ARCH_LIST={found} make setup"
-            )
+        """Why one of the GPUs that this process sees is none that they are for. Asked once, as every call asks here."""
+        for capability in sorted({*map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))}):
+            found = ".".join(map(str, capability))
+            if capability < OLDEST_GPU:
+                needed = ".".join(map(str, OLDEST_GPU))
+                return f"they need a GPU of compute capability {needed} or newer, and here is one of {found}"
+            if not runs_on(self.cuda, capability):
+                return (
+                    f"{MODULE} was built for {self.cuda}, and here is a GPU of compute capability {found}: build it"
+                    f" again with TORCH_CUDA_ARCH_LIST={found} make setup"
+                )
         return None
 
     def serves(
-        self, x: torch.Tensor, *others: torch.Tensor | None, types: frozenset[torch.dtype] = TYPES, fewest: int = 0,
-        narrowest: int = 0,
+        self, x: torch.Tensor, *others: torch.Tensor | None, types: frozenset[torch.dtype] = TYPES,
+        worth: Worth | None = None,
     ) -> bool:
         """Whether a compiled operator takes these, and those that are not given (None): all on one device,
-        floating-point ones of `types`. On a CPU x has to have at least `fewest` elements, and `narrowest` columns.
-        Never within a forward-mode derivative: the operators have none, and torch would take it for zero."""
+        floating-point ones of `types`. On a CPU only shapes of x that are `worth` it, None: all. Never within a
+        transform of torch.func, nor a forward-mode derivative, which torch would take for zero: the operators have one
+        derivative, and the references have all."""
         device = x.device
-        if self.problem(device.type) or forward_ad._current_level >= 0:
+        if self.problem(device.type) or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             return False
-        if device.type == "cpu" and (x.numel() < fewest or x.shape[-1] < narrowest) and not self.always:
+        if worth is not None and device.type == "cpu" and not self.always and not worth.covers(x):
             return False
         for tensor in (x, *others):  # a loop: this runs before every call
             if tensor is not None and (
@@ -118,8 +132,9 @@ def hash_of_sources(folder: Path) -> str:
 
 def load(environment: Mapping[str, str], sources: Path = SOURCES) -> Extension:
     """Import the compiled operators, unless they are not wanted, not built, or out of date."""
-    if environment.get("MEGAGPT2_REFERENCE") == "1":
-        return Extension(False, "MEGAGPT2_REFERENCE=1")
+    for name in ("MEGAGPT2_REFERENCE", "MEGAGPT2_NO_EXT"):  # the second is setup.py's, which then builds none
+        if environment.get(name) == "1":
+            return Extension(False, f"{name}=1")
     try:
         module = importlib.import_module(MODULE)
     except ModuleNotFoundError:

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from megagpt2.kernels.checks import check_vector
 from megagpt2.kernels.derivatives import last_derivative
-from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 
-# From how many elements on, on a CPU without dropout. Against torch on two threads (tools/bench/break_even.py):
-# forward half as fast at 49,152 elements, 0.6 to 0.76 at 196,608, 1.01 to 1.05 at 786,432.
-FEWEST = 2**19
+# Times as fast as torch on a CPU, forward and with backward (tools/bench/break_even.py): 0.5 to 1.0 at 65,536 elements,
+# 0.9 to 1.3 at 262,144; rows of 64 or more at 1,048,576 1.0 to 2.3, but with backward in fp32 0.7 to 1.0.
+WORTH = Worth(fewest=2**19, narrowest=64)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
@@ -42,7 +42,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     """
     check_vector(x, weight, "weight")
     check_vector(x, bias, "bias")
-    if EXTENSION.serves(x, weight, bias, fewest=FEWEST):
+    if EXTENSION.serves(x, weight, bias, worth=WORTH):
         return torch.ops.megagpt2.layer_norm(x, weight, bias, epsilon)[0]
     return layer_norm_reference(x, weight, bias, epsilon)
 

@@ -22,13 +22,14 @@ from torch import Tensor
 from megagpt2.kernels.bias_dropout_add import bias_dropout_add_reference
 from megagpt2.kernels.checks import check_same, check_vector, checked_dropout
 from megagpt2.kernels.derivatives import last_derivative
-from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 from megagpt2.kernels.layer_norm import layer_norm_reference
 
-# From how many elements on, on a CPU without dropout. Against torch on two threads (tools/bench/break_even.py):
-# forward 0.5 times as fast at 49,152 elements, with backward 0.7 at 196,608, 1.0 to 1.1 at 786,432.
-FEWEST = 2**19
+# Where nothing is dropped (else the reference is slower everywhere). Times as fast as torch on a CPU, forward and with
+# backward (tools/bench/break_even.py): 0.6 to 1.5 at 262,144 elements, 0.9 to 1.8 at 1,048,576 of rows of 64 or more;
+# rows of 16 in fp32 0.4 to 0.5, of one element 0.3.
+WORTH = Worth(fewest=2**19, narrowest=64)
 
 
 def residual_layer_norm_reference(
@@ -54,9 +55,8 @@ def residual_layer_norm(
             check_vector(x, vector, name)
     check_same(x, residual, "residual")
     samples, key, probability, start = checked_dropout(x, samples, key, probability, start)
-    if EXTENSION.serves(
-        x, bias, residual, weight, norm_bias, samples, fewest=0 if probability else FEWEST
-    ):
+    worth = None if probability else WORTH
+    if EXTENSION.serves(x, bias, residual, weight, norm_bias, samples, worth=worth):
         z, y, _, _ = torch.ops.megagpt2.residual_layer_norm(
             x, bias, residual, weight, norm_bias, epsilon, samples, *key, probability, start
         )

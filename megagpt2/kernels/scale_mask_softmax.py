@@ -26,11 +26,21 @@ from torch import Tensor
 from megagpt2.kernels.checks import check_dropout
 from megagpt2.kernels.derivatives import last_derivative
 from megagpt2.kernels.dropout import dropout_reference
-from megagpt2.kernels.extension import EXTENSION
+from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 
 # The compiled operator cuts scores off at -126 / scale, which is no number in fp32 where the scale is smaller.
 _LEAST_SCALE = 1e-36
+
+
+# Where nothing is dropped (else the reference is slower everywhere). Times as fast as the reference on a CPU
+# (tools/bench/break_even.py). Some keys hidden: forward 1.1 or more for rows of 4 and more, with backward 0.6 to 1.0 at
+# 4096 elements and 0.9 to 1.6 at 16,384. None hidden: forward 0.5 to 1.0 at 16,384, 1.0 to 1.9 at 65,536 of rows of 64
+# and more, with backward 0.7 to 1.0 there and 0.9 to 2.0 at 262,144; rows of 16 lose at any size.
+WORTH = {  # (whether some keys are hidden, whether there are gradients)
+    (True, False): Worth(narrowest=4), (True, True): Worth(fewest=2**14, narrowest=4),
+    (False, False): Worth(fewest=2**16, narrowest=64), (False, True): Worth(fewest=2**18, narrowest=64),
+}
 
 
 class WeightDropout(NamedTuple):
@@ -55,15 +65,23 @@ def hidden_keys(scores: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     return hidden if mask is None else hidden | mask
 
 
+def _sees_all(scores: Tensor, causal: bool, mask: Tensor | None) -> bool:
+    """Whether nothing is hidden: under `causal` the last query sees all keys, and may be the only one."""
+    return mask is None and (not causal or scores.shape[-2] == 1)
+
+
 def scale_mask_softmax_reference(
     scores: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None,
     dropout: WeightDropout | None = None,
 ) -> Tensor:
     """`scale_mask_softmax` in plain torch, on any device and in any floating-point type."""
-    hidden = hidden_keys(scores, causal, mask)
-    x = scores if scores.dtype == torch.float64 else scores.float()
-    weights = (x * scale).masked_fill(hidden, float("-inf")).softmax(dim=-1)
-    weights = weights.masked_fill(hidden, 0.0)  # a row that sees nothing is NaN before
+    x = (scores if scores.dtype == torch.float64 else scores.float()) * scale
+    if _sees_all(scores, causal, mask):
+        weights = x.softmax(dim=-1)
+    else:
+        hidden = hidden_keys(scores, causal, mask)
+        weights = x.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        weights = weights.masked_fill(hidden, 0.0)  # a row that sees nothing is NaN before
     if dropout is not None:
         weights = dropout_reference(weights, *dropout)
     return weights.to(scores.dtype)
@@ -81,7 +99,8 @@ def scale_mask_softmax(
     _check(scores, mask, dropout)
     samples, key, probability, start = dropout or (None, (0, 0), 0.0, 0)
     tiny = 0.0 < abs(scale) < _LEAST_SCALE
-    if EXTENSION.serves(scores, mask, samples) and not tiny:
+    case = not _sees_all(scores, causal, mask), torch.is_grad_enabled() and scores.requires_grad
+    if EXTENSION.serves(scores, mask, samples, worth=None if probability else WORTH[case]) and not tiny:
         mask = None if mask is None else mask.expand(scores.shape)
         return torch.ops.megagpt2.scale_mask_softmax(
             scores, scale, causal, mask, samples, *key, probability, start

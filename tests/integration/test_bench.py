@@ -12,9 +12,12 @@ import pytest
 
 from megagpt2.kernels.extension import EXTENSION
 from tests.support.runs import ROOT
+from tools.bench import common
+from tools.sections import marks
 
 # name -> what makes it small
 SMALL = {
+    "attention": ["--tokens", "32", "--lengths", "16"],
     "break_even": ["--most", "1024"], "dropout": ["--elements", "8000"], "kernels": ["--small"],
     "replicas": ["--layers", "1"],
 }
@@ -40,3 +43,44 @@ def test_rows_follow_the_schema(name, tmp_path):
         assert row["bench"] == name and row["case"].rsplit(" ", 1)[0] in end.stdout
         numbers = [row["value"], *row["peers"].values(), *([] if row["limit"] is None else [row["limit"]])]
         assert all(math.isfinite(number) and number > 0 for number in numbers)
+
+
+def test_a_table_is_written_into_a_page(tmp_path, monkeypatch, capsys):
+    """A GPU's has a place of its own."""
+    monkeypatch.setattr(sys, "argv", ["tools/bench/some.py"])
+    page = tmp_path / "page.md"
+    page.write_text("before {} old {} between {} old {} after".format(*marks("some"), *marks("some_cuda")))
+    row = common.Row("some", "a case", "speed", 3.0, "GB/s", peers={"eager": 2.0}, limit=4.0)
+    parser = common.arguments("", 3)
+    parser.add_argument("--device", default="cpu")
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(common, "machine", lambda device: {"processor": f"a {device}"})
+        common.report([row], parser.parse_args(["--update", str(page), "--device", device]), device)
+    (begin, end), (begin_cuda, end_cuda) = marks("some"), marks("some_cuda")
+    on_cpu, on_cuda = (f"```\nprocessor a {device}\n{common.table([row])}\n```" for device in ("cpu", "cuda"))
+    assert page.read_text() == (
+        f"before {begin}\n{on_cpu}\n{end} between {begin_cuda}\n{on_cuda}\n{end_cuda} after"
+    )
+    assert "a case" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--update", "none.md"], "none.md can't be read"),
+        (["--update", "plain.md"], "plain.md lacks <!-- some: begin -->"),
+        (["--update", "page.md", "--small"], "writes the whole table, not that of --small"),
+    ],
+)
+def test_what_can_not_be_updated_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys, arguments, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tools/bench/some.py"])
+    (tmp_path / "plain.md").write_bytes(b"nothing")
+    (tmp_path / "page.md").write_text("{}{}".format(*marks("some")))
+    parser = common.arguments("", 3)
+    parser.add_argument("--small", action="store_true")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(arguments)
+    assert ended.value.code == 2 and says in capsys.readouterr().err

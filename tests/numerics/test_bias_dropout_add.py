@@ -177,6 +177,7 @@ def test_gradients_of_the_reference(probability):
     ("changes", "complaint"),
     [
         ({"bias": torch.zeros(1)}, "bias is"),
+        ({"x": torch.zeros(()), "bias": None, "residual": torch.zeros(()), "probability": 0.0}, "x is a scalar"),
         ({"residual": torch.zeros(2, 4)}, "residual is"),
         ({"residual": torch.zeros(2, 3, dtype=torch.float16)}, "residual is"),
         ({"samples": None}, "there are no samples"),

@@ -244,6 +244,8 @@ def test_autograd_sees_what_is_overwritten(dtype):
         cross_entropy_gradient_(x, targets, ones, ones, 0, 8)
     with pytest.raises(ValueError, match="normalizer requires a gradient"):
         cross_entropy_gradient_(x.detach(), targets, ones, ones.clone().requires_grad_(), 0, 8)
+    with pytest.raises(ValueError, match="give a contiguous tensor"):
+        cross_entropy_gradient_(x.detach().T, torch.arange(8), torch.ones(8), torch.ones(8), 0, 3)
     assert torch.equal(x, before)
     with torch.no_grad():
         cross_entropy_gradient_(x, targets, ones, ones, 0, 8)

@@ -270,14 +270,21 @@ class TestWhichIsUsed:
         monkeypatch.setattr(extension.importlib, "import_module", import_module)
         return extension.load(environment, tmp_path)
 
-    def built(self, tmp_path):
-        return SimpleNamespace(SOURCES=f"s{extension.hash_of_sources(tmp_path)}", CUDA=0)
+    def built(self, tmp_path, cuda=""):
+        return SimpleNamespace(SOURCES=f"s{extension.hash_of_sources(tmp_path)}", CUDA=cuda)
 
     def test_a_build_of_what_is_there(self, monkeypatch, tmp_path):
         found = self.load(monkeypatch, tmp_path, self.built(tmp_path))
         assert found.compiled and found.describe("cpu") == "C++"
         assert "without cuda" in found.describe("cuda")
         assert found.serves(torch.zeros(1)) and not found.serves(torch.zeros(1), torch.zeros(1, device="meta"))
+
+    def test_a_build_for_gpus_says_which(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
+        assert self.load(monkeypatch, tmp_path, self.built(tmp_path, "sm_90-compute_90")).describe("cuda") == "CUDA"
+        found = self.load(monkeypatch, tmp_path, self.built(tmp_path, "sm_80-sm_90")).describe("cuda")
+        assert "was built for sm_80 sm_90" in found
 
     @pytest.mark.parametrize(
         ("error", "reason"),
@@ -306,6 +313,7 @@ class TestWhichIsUsed:
     def test_the_reference_can_be_asked_for(self, monkeypatch, tmp_path):
         module = self.built(tmp_path)
         assert self.load(monkeypatch, tmp_path, module, MEGAGPT2_REFERENCE="1").reason == "MEGAGPT2_REFERENCE=1"
+        assert self.load(monkeypatch, tmp_path, module, MEGAGPT2_NO_EXT="1").reason == "MEGAGPT2_NO_EXT=1"
         assert self.load(monkeypatch, tmp_path, module, MEGAGPT2_REFERENCE="0").compiled
 
 

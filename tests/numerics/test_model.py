@@ -22,7 +22,7 @@ from megagpt2.config.schema import Recomputation
 from megagpt2.data.tokenizer import BYTE_OF, Tokenizer
 from megagpt2.kernels.philox import key_of, random_normal
 from megagpt2.model import initialize
-from megagpt2.model.attention import ATTENTION
+from megagpt2.model.attention import ATTENTION, automatic
 from megagpt2.model.gpt2 import GPT2
 from megagpt2.model.initialize import initial_value
 from megagpt2.model.layers import DenseBuilder, Dropout
@@ -194,6 +194,30 @@ def test_every_attention_is_the_same(sequence):
     for name, found in results.items():
         for one, other in zip(found, results["reference"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "length", "training", "dropped", "chosen"),
+    [
+        ("cpu", 4, 16, True, False, "sdpa"), ("cpu", 2, 1024, True, False, "sdpa"),
+        ("cpu", 2, 256, True, False, "fused_softmax"), ("cpu", 2, 256, False, False, "sdpa"),
+        ("cuda", 2, 256, True, False, "sdpa"), ("cuda", 2, 1024, True, True, "fused_softmax"),
+    ],
+)
+def test_auto_takes_the_faster_attention(device, size, length, training, dropped, chosen):
+    assert automatic(device, size, length, training, dropped) == chosen
+
+
+def test_auto_is_what_it_says_it_takes():
+    """In training and in evaluation, of a module that would drop nothing."""
+    drop = Dropout(0.0, (0, 0))
+    q, k, v = torch.randn(3, 1, 2, 9, 8).bfloat16()
+    samples = torch.zeros(1, dtype=torch.int64)
+    for training, name in ((True, "fused_softmax"), (False, "sdpa")):
+        drop.train(training)
+        found, expected = (ATTENTION[way](q, k, v, samples, drop) for way in ("auto", name))
+        assert torch.equal(found, expected)
+    assert not torch.equal(found, ATTENTION["fused_softmax"](q, k, v, samples, drop))  # another order of rounding
 
 
 def test_every_attention_that_drops_draws_one_mask():

@@ -11,13 +11,15 @@ import sys
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 
-from megagpt2.kernels.extension import EXTENSION, Extension
+from megagpt2.kernels import cross_entropy
+from megagpt2.kernels.extension import EXTENSION, Extension, Worth
 from tests.support.kernels import assert_as_exact, compiled, devices, with_gradients
 from tests.support.operators import operators
 
 NAMES = [operator.name for operator in operators(1, 1)]
-PLAIN = [name for name in NAMES if name != "scale_mask_softmax"]  # its reference is slower at any size
+PLAIN = [name for name in NAMES if name != "scale_mask_softmax"]  # with sums over rows
 
 
 def operator_of(name: str, rows: int, width: int, probability: float = 0.0, device: str = "cpu"):
@@ -98,24 +100,88 @@ def test_a_second_derivative_is_refused_and_not_zero(name, probability):
 
 @compiled
 @pytest.mark.parametrize("name", PLAIN)
-def test_small_tensors_are_left_to_torch(name, monkeypatch):
-    """Unless they are asked for, as everywhere else in these tests: there a call of ours costs more than it saves."""
+def test_shapes_where_torch_is_faster_are_left_to_torch(name, monkeypatch):
+    """Small tensors and short rows; unless ours are asked for, as everywhere else in these tests."""
     module = importlib.import_module(f"megagpt2.kernels.{name}")
     taken = []
     reference = getattr(module, f"{name}_reference")
     monkeypatch.setattr(module, f"{name}_reference", lambda *a, **k: taken.append(1) or reference(*a, **k))
-    for always, rows, expected in ((True, 1, 0), (False, 1, 1), (False, 2048, 0)):
+    narrow = module.WORTH.narrowest - 1
+    for always in (False, True):
         monkeypatch.setattr(module, "EXTENSION", dataclasses.replace(EXTENSION, always=always))
-        operator = operator_of(name, rows, 768)
-        operator.ours(*operator.inputs(torch.float32))
-        assert len(taken) == expected
+        for shape, left in {(2048, 768): 0, (1, 768): 1, (2**20 // narrow, narrow): 1}.items():
+            operator = operator_of(name, *shape)
+            operator.ours(*operator.inputs(torch.bfloat16))
+            assert len(taken) == (0 if always else left), shape
+            taken.clear()
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("shape", "causal", "trained", "left"),
+    [
+        ((1, 1, 4, 4), True, False, False), ((1, 8, 512, 3), True, False, True), ((1, 8, 8, 8), True, True, True),
+        ((1, 4, 64, 64), True, True, False), ((1, 8, 4096, 3), True, True, True),
+        ((1, 12, 1, 64), True, False, True),  # the last query sees all keys, as without a mask
+        ((1, 4, 128, 128), False, False, False), ((1, 64, 128, 16), False, False, True),
+        ((1, 4, 128, 128), False, True, True), ((1, 4, 256, 256), False, True, False),
+    ],
+)
+def test_attention_weights_that_torch_makes_faster_are_left_to_torch(monkeypatch, shape, causal, trained, left):
+    module = importlib.import_module("megagpt2.kernels.scale_mask_softmax")
+    taken = []
+    reference = module.scale_mask_softmax_reference
+    monkeypatch.setattr(module, "scale_mask_softmax_reference", lambda *a: taken.append(1) or reference(*a))
+    scores = torch.randn(shape, requires_grad=trained)
+    for always in (False, True):
+        monkeypatch.setattr(module, "EXTENSION", dataclasses.replace(EXTENSION, always=always))
+        module.scale_mask_softmax(scores, 0.5, causal)
+        assert bool(taken) == (left and not always)
         taken.clear()
 
 
-def test_a_device_that_is_no_cpu_serves_tensors_of_any_size():
-    x = torch.empty(1, device="meta")
-    assert not Extension(True).serves(torch.empty(1), fewest=2) and Extension(True).serves(torch.empty(2), fewest=2)
-    assert not Extension(True, cuda="sm_90").serves(x)  # meta tensors have no operator of their own: the references
+@compiled
+def test_the_heads_passes_over_few_words_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "EXTENSION", dataclasses.replace(EXTENSION, always=False))
+    taken = []
+    for name in ("cross_entropy_statistics_reference", "cross_entropy_gradient_reference_"):
+        function = getattr(cross_entropy, name)
+        monkeypatch.setattr(cross_entropy, name, lambda *a, f=function: taken.append(1) or f(*a))
+    for words, left in ((15, 2), (16, 0)):
+        logits, targets = torch.randn(6, words), torch.arange(6)
+        maximum, total, _ = cross_entropy.cross_entropy_statistics(logits, targets, 0, words)
+        cross_entropy.cross_entropy_gradient_(logits, targets, maximum, total, 0, words)
+        assert len(taken) == left
+        taken.clear()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Let torch find GPUs of these compute capabilities."""
+
+    def found(capabilities: list[tuple[int, int]]) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+
+    return found
+
+
+def test_one_gpu_of_several_is_enough_to_refuse(gpus):
+    """A rank asks before it knows which is its own, and all ranks must agree."""
+    gpus([(9, 0), (8, 0)])
+    assert "a GPU of compute capability 8.0" in Extension(True, cuda="sm_90").problem("cuda")
+
+
+def test_only_a_cpu_looks_at_shapes(gpus):
+    gpus([(9, 0)])
+    worth = Worth(fewest=8, narrowest=4)
+    for shape, served in (((2, 4), True), ((1, 4), False), ((4, 2), False)):
+        assert Extension(True).serves(torch.empty(shape), worth=worth) == served
+        assert Extension(True, always=True).serves(torch.empty(shape), worth=worth)
+        with FakeTensorMode():
+            assert Extension(True, cuda="sm_90").serves(torch.empty(shape, device="cuda"), worth=worth)
+    x = torch.empty(9, device="meta")  # which has no operator of its own: the references
+    assert not Extension(True, cuda="sm_90").serves(x)
 
 
 @compiled
@@ -126,27 +192,49 @@ def test_forward_mode_derivatives_are_the_references(name, probability):
     operator = operator_of(name, 3, 5, probability)
     inputs = tuple(operator.inputs(torch.float32))
     tangents = tuple(map(torch.randn_like, inputs))
-    (_, found), (_, expected) = (torch.func.jvp(f, inputs, tangents) for f in (operator.ours, operator.reference))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(inputs, tangents, strict=True)]
+        found, expected = (forward_ad.unpack_dual(f(*duals)).tangent for f in (operator.ours, operator.reference))
+    assert torch.equal(found, expected) and found.abs().max() > 0
+
+
+@compiled
+@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "vmap"])
+@pytest.mark.parametrize("name", NAMES)
+def test_transforms_of_functions_take_the_references(name, transform):
+    operator = operator_of(name, 3, 5)
+    inputs = tuple(operator.inputs(torch.float32))
+
+    def results(function):
+        if transform == "vmap":
+            return torch.func.vmap(function)(*(torch.stack((x, -x)) for x in inputs))
+        if transform == "jvp":
+            return torch.func.jvp(function, inputs, inputs)[1]
+        return getattr(torch.func, transform)(lambda *t: function(*t).square().sum())(*inputs)
+
+    found, expected = (results(function) for function in (operator.ours, operator.reference))
     assert torch.equal(found, expected) and found.abs().max() > 0
 
 
 @pytest.mark.parametrize(
     ("built", "capability", "says"),
     [
-        ("sm_80 sm_90 compute_90", (7, 5), "8.0 or newer, and this one has 7.5"),
+        ("sm_80 sm_90 compute_90", (7, 5), "8.0 or newer, and here is one of 7.5"),
         ("sm_80 sm_90 compute_90", (8, 0), None),
         ("sm_80 sm_90 compute_90", (8, 9), None),  # runs 8.0's
         ("sm_80 sm_90 compute_90", (10, 0), None),  # compiles the PTX
-        ("sm_80 sm_90", (10, 0), "built for sm_80 sm_90, and this GPU's compute capability is 10.0"),
+        ("sm_80 sm_90", (10, 0), "built for sm_80 sm_90, and here is a GPU of compute capability 10.0"),
         ("sm_90 compute_90", (8, 0), "TORCH_CUDA_ARCH_LIST=8.0 make setup"),
         ("sm_86", (8, 0), "built for sm_86"),
         ("sm_90a compute_90a", (9, 0), None),
         ("sm_90a compute_90a", (10, 0), "built for sm_90a"),
+        ("sm_100f compute_100f", (10, 3), None),  # of the family
+        ("sm_100f compute_100f", (12, 0), "built for sm_100f"),
     ],
 )
-def test_gpus_that_the_operators_are_not_for_are_named(monkeypatch, built, capability, says):
+def test_gpus_that_the_operators_are_not_for_are_named(gpus, built, capability, says):
     """And are not served: where references are allowed, they are what runs."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    gpus([capability])
     extension = Extension(True, cuda=built)
     problem = extension.problem("cuda")
     assert problem is None if says is None else says in problem

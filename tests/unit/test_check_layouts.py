@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.matrix import COVERED, fast_cover
 from tools import check_layouts as tool
+from tools.sections import marks
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ from tools import check_layouts as tool
 )
 def test_a_partial_table_is_not_written(tmp_path, capsys, options, named):
     page = tmp_path / "page.md"
-    page.write_text(f"{tool.BEGIN}\nthe full table\n{tool.END}\n")
+    page.write_text("\nthe full table\n".join(marks(tool.SECTION)))
     assert tool.main(["--update", str(page), *options]) == 2
     assert named in capsys.readouterr().err
     assert "the full table" in page.read_text()
@@ -27,7 +28,9 @@ def test_a_page_without_a_place_for_the_table_is_refused(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("no table\n")
     assert tool.main(["--update", str(page)]) == 2
-    assert f"lacks {tool.BEGIN}" in capsys.readouterr().err
+    assert f"lacks {marks(tool.SECTION)[0]}" in capsys.readouterr().err
+    assert tool.main(["--update", str(tmp_path / "nowhere.md")]) == 2
+    assert "nowhere.md can't be read" in capsys.readouterr().err
 
 
 def test_pairwise_is_what_the_fast_tests_train(monkeypatch):

@@ -19,6 +19,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
+MOST_REGISTERS = 168  # 12 warps of a multiprocessor's 65,536: fewer would not hide what its memory takes
 ARCHITECTURES = ("sm_80", "sm_90")  # what a build is for without TORCH_CUDA_ARCH_LIST
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
@@ -54,6 +55,10 @@ def test_kernels_compile_and_do_not_spill(results, source):
     assert len(kernels) == len(spills)
     spilling = [kernel for kernel, spill in zip(kernels, spills, strict=True) if spill != ("0", "0")]
     assert not spilling, f"registers spill in {spilling}"
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", log)]
+    assert len(registers) == len(kernels)
+    crowded = [kernel for kernel, number in zip(kernels, registers, strict=True) if number > MOST_REGISTERS]
+    assert not crowded, f"more than {MOST_REGISTERS} registers in {crowded}"
 
 
 def test_every_operator_of_the_cpu_has_a_cuda_side():
@@ -72,7 +77,8 @@ def test_a_build_is_for_the_devices_that_are_named(monkeypatch):
         pytest.skip("nvcc is not installed")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(Path(NVCC).resolve().parents[1]))
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # so that what setup.py sets is taken back
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     monkeypatch.delenv("MEGAGPT2_NO_EXT", raising=False)
     [module] = SETUP["extension_arguments"]()["ext_modules"]
     assert {path.name for path in SOURCES} <= {Path(name).name for name in module.sources}

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # also works in a checkout that isn't installed
 
 from megagpt2.kernels.extension import EXTENSION  # noqa: E402
+from tools import sections  # noqa: E402
 
 _SHORTEST = {"cpu": 2e-3, "cuda": 20e-3}  # seconds: what is faster is repeated within one measurement
 
@@ -44,10 +45,39 @@ class Row:
     limit: float | None = None
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses before anything is measured to put a part of a table in a whole one's place."""
+
+    def parse_args(self, *arguments, **keywords) -> argparse.Namespace:
+        options = super().parse_args(*arguments, **keywords)
+        if options.update is not None:
+            cut = [
+                f"--{name}" for name, value in vars(options).items()
+                if name not in _HOW and value != self.get_default(name)
+            ]
+            if cut:
+                self.error(f"--update writes the whole table, not that of {' '.join(cut)}: leave one of them out")
+            if why := sections.problem(options.update, section_of(options)):
+                self.error(f"--update: {why}")
+        return options
+
+
+_HOW = frozenset({"json", "update", "repetitions", "threads", "device", "compile"})  # none says what is measured
+
+
+def section_of(options: argparse.Namespace) -> str:
+    """The name of the table's place in a page: that of the benchmark, NAME_cuda on a GPU."""
+    return Path(sys.argv[0]).stem + ("_cuda" if getattr(options, "device", "cpu") == "cuda" else "")
+
+
 def arguments(description: str, repetitions: int) -> argparse.ArgumentParser:
     """A parser with what every benchmark understands."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    begin, end = sections.marks(Path(sys.argv[0]).stem)
+    parser.add_argument(
+        "--update", type=Path, metavar="PAGE", help=f"also write the table there, between {begin} and {end}"
+    )
     parser.add_argument("--repetitions", type=int, default=repetitions, metavar="N", help="medians of N")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of torch")
     return parser
@@ -117,14 +147,15 @@ def table(rows: list[Row]) -> str:
 
 
 def report(
-    rows: list[Row], file: Path | None, device: str = "cpu", text: Callable[[list[Row]], str] = table
+    rows: list[Row], options: argparse.Namespace, device: str = "cpu", text: Callable[[list[Row]], str] = table
 ) -> None:
-    """Print the machine and the rows as `text`; write {"machine", "rows"} to `file`."""
+    """Print the machine and the rows as `text`, and where the options say so into a page; {"machine", "rows"} into a
+    file."""
     facts = machine(device)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(text(rows))
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")
-        partial.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-        partial.replace(file)
+    shown = f"{', '.join(f'{name} {value}' for name, value in facts.items())}\n{text(rows)}"
+    print(shown)
+    if options.json is not None:
+        written = {"machine": facts, "rows": [asdict(row) for row in rows]}
+        sections.write(options.json, json.dumps(written, indent=1) + "\n")
+    if options.update is not None:
+        sections.replace(options.update, section_of(options), f"```\n{shown}\n```")

@@ -59,7 +59,7 @@ def main() -> int:
         print(f"dropout: there is nothing to measure, the operators are {EXTENSION.describe('cpu')}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
-    report([row for name in DTYPES for row in measure(name, options.elements, options.repetitions)], options.json)
+    report([row for name in DTYPES for row in measure(name, options.elements, options.repetitions)], options)
     return 0
 
 

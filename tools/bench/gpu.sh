@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: builds the operators, runs the tests marked gpu, measures the operators.
+# Everything that needs a GPU, in one command: builds the operators, runs the tests marked gpu, measures operators and
+# attention.
 #
 #     tools/bench/gpu.sh [FOLDER]     results go to FOLDER (build/bench-gpu)
 #
@@ -29,13 +30,15 @@ step() { # step NAME COMMAND...: its output in FOLDER/NAME.log, its end here
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || exit 2
 step build "$python" setup.py build_ext --inplace
-problem=$("$python" -c 'from megagpt2.kernels.extension import EXTENSION; print(EXTENSION.problem_here("cuda") or "")' | tail -1)
+problem=$("$python" -c 'from megagpt2.kernels.extension import EXTENSION; print(EXTENSION.problem("cuda") or "")' | tail -1)
 if [ -n "$problem" ]; then
 	echo "gpu.sh: $problem" >&2
 	exit 2
 fi
 step operators "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors tests/numerics
 LINES_SHOWN=80 step kernels "$python" tools/bench/kernels.py --device cuda --compile --json "$out/kernels.json"
+step break_even "$python" tools/bench/break_even.py --device cuda --most 16777216 --json "$out/break_even.json"
+LINES_SHOWN=40 step attention "$python" tools/bench/attention.py --device cuda --json "$out/attention.json"
 if "$python" -c 'import deepspeed' 2>/dev/null; then
 	step training "$python" -m pytest -q -m gpu -p no:cacheprovider tests/integration/test_gpu.py
 else

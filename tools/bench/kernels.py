@@ -6,7 +6,7 @@
 
 The limit is what y.copy_(x) reaches in turns with them, 8192 x 1600 in bf16 on a CPU, 1 GB on a GPU. Peers are torch's
 eager mode, with --compile torch.compile, and on a GPU apex and liger-kernel where they can be imported. docs/kernels.md
-counts the bytes. An operator around matrix products is measured in TFLOP/s, and its limit is a product's rate.
+counts the bytes. An operator around matrix products is measured in TFLOP/s, and its limit is such a product's rate.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ["MEGAGPT2_OPERATORS"] = "always"  # before they are imported: ours, however small
@@ -52,18 +53,17 @@ class Limit:
     work: float
 
 
-def limits(device: str, small: bool) -> tuple[Limit, Limit]:
-    """Copying, and multiplying matrices."""
+def limits(device: str, small: bool) -> dict[str, Limit]:
+    """Copying, and multiplying matrices of a type, by name: "copy", "fp32", "bf16"."""
     count = 1000 if small else CPU_COPY if device == "cpu" else GPU_COPY
     x, y = (torch.ones(count, dtype=torch.bfloat16, device=device) for _ in range(2))
-    size, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
-    size = 64 if small else size
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    kind = "fp32" if dtype == torch.float32 else "bf16"
-    return (
-        Limit("copy", "bandwidth", "GB/s", lambda: y.copy_(x), 4 * count / 1e9),
-        Limit(f"gemm {size} {kind}", "rate", "TFLOP/s", lambda: a @ b, 2 * size**3 / 1e12),
-    )
+    size = 64 if small else 1024 if device == "cpu" else 8192
+    found = {"copy": Limit("copy", "bandwidth", "GB/s", lambda: y.copy_(x), 4 * count / 1e9)}
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        call = partial(torch.matmul, a, b)
+        found[kind] = Limit(f"gemm {size} {kind}", "rate", "TFLOP/s", call, 2 * size**3 / 1e12)
+    return found
 
 
 def calls_of(case: Case, compiled: bool) -> dict[str, Call]:
@@ -83,10 +83,12 @@ def calls_of(case: Case, compiled: bool) -> dict[str, Call]:
     return calls
 
 
-def measure(case: Case, machine: tuple[Limit, Limit], options) -> Iterator[Row]:
+def measure(case: Case, machine: dict[str, Limit], options) -> Iterator[Row]:
     """Ours, its peers and the machine's limit in turns; then what they hold, where a case asks for it."""
-    copy, gemm = machine
-    limit, work = (gemm, case.operations / 1e12) if case.operations else (copy, case.bytes / 1e9)
+    if case.operations:  # the type is the last word of the name
+        limit, work = machine[case.name.rpartition(" ")[2]], case.operations / 1e12
+    else:
+        limit, work = machine["copy"], case.bytes / 1e9
     calls = {**calls_of(case, options.compile), "limit": limit.call}
     seconds = medians(calls, options.repetitions, options.device)
     most = limit.work / seconds.pop("limit")
@@ -116,15 +118,18 @@ def main() -> int:
     keep_memory()
     torch._functorch.config.donated_buffer = False  # compiled backward passes may run again, as eager's do
     machine = limits(options.device, options.small)
-    seconds = medians({limit.name: limit.call for limit in machine}, options.repetitions, options.device)
-    rows = [Row("kernels", limit.name, limit.metric, limit.work / seconds[limit.name], limit.unit) for limit in machine]
+    seconds = medians({kind: limit.call for kind, limit in machine.items()}, options.repetitions, options.device)
+    rows = [
+        Row("kernels", limit.name, limit.metric, limit.work / seconds[kind], limit.unit)
+        for kind, limit in machine.items()
+    ]
     for operator in options.only:
         module = importlib.import_module(f"tools.bench.kernel_cases.{operator}")
         for case in module.cases(options.device, options.small):
             for row in measure(case, machine, options):
                 rows.append(row)
                 print(f"  {row.case}: {row.value:.3g} {row.unit}", file=sys.stderr, flush=True)
-    report(rows, options.json, options.device)
+    report(rows, options, options.device)
     return 0
 
 

@@ -71,7 +71,7 @@ def main() -> int:
         Row("replicas", case, "compared", held / check / 1e9, "GB/s"),
         Row("replicas", case, f"share at N={EVERY}", 100 * check / (EVERY * step + check), "%",
             higher_is_better=False, limit=1.0),
-    ], options.json)
+    ], options)
     return 0
 
 
