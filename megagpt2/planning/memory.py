@@ -35,16 +35,17 @@ equations 1 to 4), counted for what our own blocks save for the backward pass. B
 block of width w, with a heads and f feed-forward channels on this rank, sequence s; n = tensor_parallel under sequence
 parallelism, else 1:
 
-    residual stream   (4 e w + 2 w [residual dropout] + 16) / n     inputs of norms and linear layers, masks, means
+    residual stream   (4 e w + 16) / n                              inputs of norms and linear layers, means
     shard             e (4 a w/heads + 2 f)                         q, k, v, attention's output, GELU's in and output
-    core              a s (e + 5)   with attention dropout          scores in fp32, mask, dropped weights
+    core              2 a s e       with attention dropout          weights before and after it
                       4 a           without                         fused attention saves a logsumexp per head
+                      a s e         on a CPU in 16 bits below 512   where attention is by fused_softmax: the weights
     none              residual stream + shard + core
     selective         residual stream + shard
     full              e w / n; full_offload: the same in the host memory
 
-With e = 2, dropout and f = 4 w that is the paper's 10 + 24 / t (or 34 / t) times s b w; of the core the paper has
-5 a s s b, ours is larger by the fp32 scores, or gone. Under 1F1B stage p holds min(accumulation, stages - p)
+With e = 2, f = 4 w that is the paper's 10 + 24 / t (or 34 / t) times s b w, less its masks of dropout, which are drawn
+again; of the core the paper has 5 a s s b, ours is 4 a s s b, or gone. Under 1F1B stage p holds min(accumulation, stages - p)
 micro-batches of them (Narayanan et al. 2021, section 2.2). This is an estimate: the gradients of activations, a chunk
 of logits, what collectives copy and what the allocator leaves unused are not in it, nor the CUDA context and NCCL's
 buffers.
@@ -60,6 +61,7 @@ from typing import Any
 from megagpt2.config.passthrough import passed_on
 from megagpt2.config.rules import Plan
 from megagpt2.config.schema import Config, ModelConfig
+from megagpt2.model.attention import automatic
 from megagpt2.model.parameters import partition
 
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -182,9 +184,11 @@ def block_activations(model: ModelConfig, plan: Plan, shard: int, recompute: str
 
 def _core(model: ModelConfig, plan: Plan, heads: int) -> int:
     tokens, size = plan.micro_batch * plan.sequence_length, ELEMENT_BYTES[plan.precision]
-    # Before dropout, for the softmax's gradient, and after it, for the product with v.
-    weights = 2 * size * heads * plan.sequence_length
-    return (weights if model.attention_dropout else 4 * heads) * tokens
+    dropped = model.attention_dropout > 0
+    if automatic(plan.device, size, plan.sequence_length, True, dropped) == "sdpa":
+        return 4 * heads * tokens
+    # For the softmax's gradient and for the product with v, which are two where weights are dropped between them.
+    return (2 if dropped else 1) * size * heads * plan.sequence_length * tokens
 
 
 def _activations(config: Config, plan: Plan, place: Place) -> int:

@@ -288,7 +288,7 @@ def test_activations_are_what_autograd_saves(dropout, recompute, precision):
     config, plan = planned(
         small_config(), 1, model=model.model_dump(), **{RECOMPUTE: recompute, "training.precision": precision}
     )
-    plan = plan.__class__(**{**plan.__dict__, "micro_batch": 2})
+    plan = plan.__class__(**{**plan.__dict__, "micro_batch": 2, "device": "cpu"})
     block = dense_model(model, recompute).layers[1].to(torch.bfloat16 if precision == "bf16" else torch.float32)
     hidden = torch.randn(2, 32, 96).to(next(block.parameters()).dtype).requires_grad_()
     samples = random_tokens(model, batch=2)[2]
