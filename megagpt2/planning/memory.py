@@ -45,10 +45,10 @@ parallelism, else 1:
     full              e w / n; full_offload: the same in the host memory
 
 With e = 2, f = 4 w that is the paper's 10 + 24 / t (or 34 / t) times s b w, less its masks of dropout, which are drawn
-again; of the core the paper has 5 a s s b, ours is 4 a s s b, or gone. Under 1F1B stage p holds min(accumulation, stages - p)
-micro-batches of them (Narayanan et al. 2021, section 2.2). This is an estimate: the gradients of activations, a chunk
-of logits, what collectives copy and what the allocator leaves unused are not in it, nor the CUDA context and NCCL's
-buffers.
+again; of the core the paper has 5 a s s b, ours is 4 a s s b, or gone. Under 1F1B stage p holds min(accumulation,
+stages - p) micro-batches of them (Narayanan et al. 2021, section 2.2). This is an estimate: the gradients of
+activations, a chunk of logits, what collectives copy and what the allocator leaves unused are not in it, nor the CUDA
+context and NCCL's buffers.
 """
 
 from __future__ import annotations
