@@ -45,7 +45,7 @@ from megagpt2.kernels.split_sum import split_sum_add_, split_sum_round_
 Reduce = Callable[[Tensor], Tensor]
 
 # Both passes over logits. Times as fast as the references on a CPU, which keep the same contract (tools/bench/
-# break_even.py): 1.1 to 8 with 16 words or more, 0.5 to 2.4 with 4, 0.4 to 0.8 with one.
+# break_even.py), two threads: 1.8 to 5.7 with 16 words or more, 0.9 to 4.5 with 4, 0.4 to 2.8 with one.
 WORTH = Worth(narrowest=16)
 
 # Logits at a time: 375 tokens of 50,304 words, 38 MB in 16 bits. A chunk reads W twice and reads and writes d W: with

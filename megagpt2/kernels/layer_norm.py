@@ -25,9 +25,9 @@ from megagpt2.kernels.derivatives import last_derivative
 from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 
-# Times as fast as torch on a CPU, forward and with backward (tools/bench/break_even.py): 0.5 to 1.0 at 65,536 elements,
-# 0.9 to 1.3 at 262,144; rows of 64 or more at 1,048,576 1.0 to 2.3, but with backward in fp32 0.7 to 1.0.
-WORTH = Worth(fewest=2**19, narrowest=64)
+# Times as fast as torch on a CPU, two threads, forward and with backward (tools/bench/break_even.py): 0.6 to 1.1 at
+# 262,144 elements, at 1,048,576 1.1 to 1.5 in bf16 and 0.8 to 1.1 in fp32, at 4,194,304 1.2 to 1.7 and 0.9 to 1.2.
+WORTH = Worth(fewest=2**21, narrowest=64)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:

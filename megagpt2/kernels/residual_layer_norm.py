@@ -26,10 +26,10 @@ from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 from megagpt2.kernels.layer_norm import layer_norm_reference
 
-# Where nothing is dropped (else the reference is slower everywhere). Times as fast as torch on a CPU, forward and with
-# backward (tools/bench/break_even.py): 0.6 to 1.5 at 262,144 elements, 0.9 to 1.8 at 1,048,576 of rows of 64 or more;
-# rows of 16 in fp32 0.4 to 0.5, of one element 0.3.
-WORTH = Worth(fewest=2**19, narrowest=64)
+# Where nothing is dropped (else the reference is slower everywhere). Times as fast as torch on a CPU, two threads,
+# forward and with backward (tools/bench/break_even.py): 0.7 to 1.1 at 262,144 elements, 0.9 to 1.5 at 1,048,576 of
+# rows of 256 or more; rows of 64 0.8 to 0.9 there, of one element in fp32 0.3 to 0.5.
+WORTH = Worth(fewest=2**20, narrowest=128)
 
 
 def residual_layer_norm_reference(
