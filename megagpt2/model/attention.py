@@ -36,9 +36,10 @@ def fused_softmax(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropou
     return scale_mask_softmax(scores, 1.0 / math.sqrt(q.shape[-1]), causal=True, dropout=dropout) @ v
 
 
-# On a CPU in 16 bits torch's backward pass of sdpa is slow for short sequences. Forward and backward in bf16 against
-# fused_softmax (tools/bench/attention.py, no bf16 instructions) it is 0.15 times as fast at 16, 0.36 at 64, 0.69 at 256
-# and 1.6 at 1024. In fp32 with gradients it is 0.96 to 2.8 times as fast, forward alone it is always faster.
+# On a CPU in 16 bits torch's backward pass of sdpa is slow for short sequences. Forward and backward in bf16 it is
+# 0.15 times as fast as fused_softmax at 16, 0.49 at 64, 0.83 at 256, 1.75 at 1024 and 2.2 at 4096
+# (tools/bench/attention.py, two threads, no bf16 instructions). In fp32 with gradients it is 0.98 to 3.1 times as
+# fast, forward alone 1.15 to 5.8.
 _SHORT = 512
 
 
