@@ -18,10 +18,9 @@ from functools import partial
 os.environ["MEGAGPT2_OPERATORS"] = "always"  # before they are imported: ours, however small
 
 import torch  # noqa: E402
-from common import Row, arguments, medians, report  # noqa: E402
+from common import Row, arguments, medians, nothing_to_measure, report  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from megagpt2.kernels.extension import EXTENSION  # noqa: E402
 from megagpt2.model.attention import ATTENTION  # noqa: E402
 from megagpt2.model.layers import Dropout  # noqa: E402
 
@@ -91,12 +90,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, metavar="N", help="in a batch (2048 on a CPU, 65536 on a GPU)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N", help="of sequences")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("attention: this machine has no CUDA device: leave --device cuda out", file=sys.stderr)
-        return 2
-    if EXTENSION.problem(options.device):
-        print(f"attention: fused_softmax can't be measured, the operators are {EXTENSION.describe(options.device)}",
-              file=sys.stderr)
+    if why := nothing_to_measure(options.device):
+        print(f"attention: {why}", file=sys.stderr)
         return 2
     options.tokens = options.tokens or TOKENS[options.device]
     torch.set_num_threads(options.threads)

@@ -20,7 +20,7 @@ from itertools import chain
 os.environ["MEGAGPT2_OPERATORS"] = "always"  # before they are imported: ours at every shape
 
 import torch  # noqa: E402
-from common import Row, arguments, medians, report  # noqa: E402
+from common import Row, arguments, medians, nothing_to_measure, report  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megagpt2.kernels import (  # noqa: E402
@@ -33,7 +33,7 @@ from megagpt2.kernels import (  # noqa: E402
     scale_mask_softmax,
     split_sum,
 )
-from megagpt2.kernels.extension import EXTENSION, Worth  # noqa: E402
+from megagpt2.kernels.extension import Worth  # noqa: E402
 
 WIDTHS = (1, 4, 16, 64, 256, 768, 3072)
 FEWEST, MOST = 2**10, 2**22  # elements
@@ -160,12 +160,8 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="NAME", help="operators whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("break_even: this machine has no CUDA device: leave --device cuda out", file=sys.stderr)
-        return 2
-    if EXTENSION.problem(options.device):
-        print(f"break_even: there is nothing to measure, the operators are {EXTENSION.describe(options.device)}",
-              file=sys.stderr)
+    if why := nothing_to_measure(options.device):
+        print(f"break_even: {why}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)

@@ -83,6 +83,15 @@ def arguments(description: str, repetitions: int) -> argparse.ArgumentParser:
     return parser
 
 
+def nothing_to_measure(device: str) -> str | None:
+    """Why the compiled operators can't be measured on "cpu" or "cuda" here, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "this machine has no CUDA device: leave --device cuda out"
+    if EXTENSION.problem(device):
+        return f"there is nothing to measure, the operators are {EXTENSION.describe(device)}"
+    return None
+
+
 def processor() -> str:
     """The processor's name."""
     try:

@@ -24,9 +24,8 @@ os.environ["MEGAGPT2_OPERATORS"] = "always"  # before they are imported: ours, h
 
 import torch  # noqa: E402
 import torch._functorch.config  # noqa: E402
-from common import Row, arguments, medians, report  # noqa: E402
+from common import Row, arguments, medians, nothing_to_measure, report  # noqa: E402
 
-from megagpt2.kernels.extension import EXTENSION  # noqa: E402
 from tools.bench.kernel_cases import Call, Case  # noqa: E402
 
 OPERATORS = sorted(p.stem for p in (Path(__file__).parent / "kernel_cases").glob("*.py") if p.stem != "__init__")
@@ -107,12 +106,8 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile as a peer: takes minutes")
     parser.add_argument("--small", action="store_true", help="tiny shapes: whether it runs, not how fast")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("kernels: this machine has no CUDA device: leave --device cuda out", file=sys.stderr)
-        return 2
-    if EXTENSION.problem(options.device):
-        print(f"kernels: there is nothing to measure, the operators are {EXTENSION.describe(options.device)}",
-              file=sys.stderr)
+    if why := nothing_to_measure(options.device):
+        print(f"kernels: {why}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
     keep_memory()
