@@ -38,8 +38,8 @@ def fused_softmax(q: Tensor, k: Tensor, v: Tensor, samples: Tensor, drop: Dropou
 
 # On a CPU in 16 bits torch's backward pass of sdpa is slow for short sequences. Forward and backward in bf16 it is
 # 0.15 times as fast as fused_softmax at 16, 0.49 at 64, 0.83 at 256, 1.75 at 1024 and 2.2 at 4096
-# (tools/bench/attention.py, two threads, no bf16 instructions). In fp32 with gradients it is 0.98 to 3.1 times as
-# fast, forward alone 1.15 to 5.8.
+# (tools/bench/attention.py, two threads, no bf16 instructions). From 16 tokens on it is 0.98 to 3.1 times
+# as fast in fp32 with gradients, and 1.15 to 5.8 times forward alone; a sequence of one loses a fifth.
 _SHORT = 512
 
 
