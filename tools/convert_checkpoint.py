@@ -44,6 +44,7 @@ from megagpt2.checkpoint.formats.huggingface import HuggingFace
 from megagpt2.checkpoint.formats.openai import OpenAI
 from megagpt2.checkpoint.formats.source import Source, whole_specs
 from megagpt2.checkpoint.load import Checkpoint
+from megagpt2.run.material import TOKENIZER_FILES
 
 READ = ("huggingface", "megagpt2", "megatron", "deepspeed", "openai", "nanogpt", "llmc")
 WRITTEN = ("huggingface", "megagpt2", "megatron", "nanogpt", "llmc")
@@ -53,7 +54,6 @@ GPT2_TOKENIZER = {
     "tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024, "add_prefix_space": False,
     **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -29,7 +29,7 @@ from megagpt2.checkpoint.disk import write_file
 from megagpt2.checkpoint.formats import huggingface
 from megagpt2.checkpoint.rectangles import copy_shared, rectangles, whole
 from megagpt2.checkpoint.shards import INDEX, described, index_of, understood, write_slices
-from megagpt2.checkpoint.snapshot import Snapshot, file_of_each
+from megagpt2.checkpoint.snapshot import Snapshot
 from megagpt2.checkpoint.stream import TensorFile
 from megagpt2.model.parameters import Extent, Spec
 from megagpt2.parallel.messages import gather_texts, receive_text, send_text
@@ -113,19 +113,16 @@ def _write_part(folder: Path, snapshot: Snapshot, ranks: _Ranks) -> None:
 def _write_model(folder: Path, snapshot: Snapshot, ranks: _Ranks) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """This rank's share of its stage's files: {path in the checkpoint: record}, {file: names of its tensors}."""
     grid, values = ranks.topology, iter(snapshot.weight_values)
-    specs = snapshot.stage_specs
-    count, numbers = snapshot.files_per_stage, file_of_each(specs, snapshot.files_per_stage)
-    files, tensors = {}, {}
+    files, tensors, count = {}, {}, len(snapshot.files)
     problem = None
-    for number in range(count):
-        members = [spec for spec, n in zip(specs, numbers, strict=True) if n == number]
+    for number, members in enumerate(snapshot.files):
+        if not members:
+            continue
         names = {spec.name for spec in members}
         mine = [extent for extent in snapshot.weights if extent.spec.name in names]
         replicas = range(grid.data) if snapshot.partitioned else [number]
         owner = grid.rank_at(grid.stage, number, 0)
         others = [r for replica in replicas for r in grid.tensor_ranks(grid.stage, replica) if r != owner]
-        if not members:
-            continue
         if grid.rank in others:
             _contribute(mine, values, owner, ranks)
         if grid.rank != owner:

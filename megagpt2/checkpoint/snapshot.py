@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ class TrainingState:
     samples_seen: int
     updates: int  # steps that changed the weights: what the learning rate and Adam count
     losses: list[float] = field(default_factory=list)  # the last ones, newest last
-    skipped_samples: list[list[int]] = field(default_factory=list)  # [first, past the last]: seen, but without effect
+    skipped_samples: list[list[int]] = field(default_factory=list)  # [first, past the last]: that data.skip passed over
     loss_scaler: dict[str, float] = field(default_factory=dict)
     data: dict[str, int | str | None] = field(default_factory=dict)  # what samples_seen counts: corpus, length, seed
 
@@ -46,9 +45,8 @@ class Snapshot:
     partitioned: bool = False  # replicas hold different stretches of the weights (ZeRO-3)
     tokenizer_files: dict[str, str] = field(default_factory=dict)  # name -> text, already read
     end_of_text: int | None = None
-    # What `contribution` adds: the tensors of this stage's files, and how many files those are.
-    stage_specs: list[Spec] = field(default_factory=list)
-    files_per_stage: int = 1
+    # What `contribution` adds: the tensors of each of this stage's files. Replica i owns the i-th; one may be empty.
+    files: list[list[Spec]] = field(default_factory=list)
 
     def bytes(self) -> int:
         """Of its tensors."""
@@ -84,8 +82,8 @@ def contribution(snapshot: Snapshot, topology: Topology) -> Snapshot:
     copy. Values are looked at as they come, for ranks may have to make them together."""
     specs = [extent.spec for extent in snapshot.weights if topology.first_stage or not extent.spec.tied]
     stage_bytes = snapshot.model.parameters() * snapshot.dtype.itemsize / topology.pipeline
-    files = min(topology.data, max(1, math.ceil(stage_bytes / MODEL_FILE)))
-    numbers = dict(zip((spec.name for spec in specs), file_of_each(specs, files), strict=True))
+    files = in_files(specs, min(topology.data, max(1, math.ceil(stage_bytes / MODEL_FILE))))
+    owned = {spec.name for spec in files[topology.replica]} if topology.replica < len(files) else set()
 
     def of_this_rank(extent: Extent) -> bool:
         """Of what several stages or shards hold the first one's."""
@@ -93,7 +91,7 @@ def contribution(snapshot: Snapshot, topology: Topology) -> Snapshot:
         return (topology.first_stage or not spec.tied) and (topology.shard == 0 or spec.sharded) and extent.elements > 0
 
     def weight_of_this_rank(extent: Extent) -> bool:
-        return of_this_rank(extent) and (snapshot.partitioned or numbers[extent.spec.name] == topology.replica)
+        return of_this_rank(extent) and (snapshot.partitioned or extent.spec.name in owned)
 
     def chosen(which: Callable[[Extent], bool], extents: list[Extent], values: Iterable) -> Iterator:
         return (value for extent, value in zip(extents, values, strict=True) if which(extent))
@@ -101,8 +99,7 @@ def contribution(snapshot: Snapshot, topology: Topology) -> Snapshot:
     slices = snapshot.slices
     return replace(
         snapshot,
-        stage_specs=specs,
-        files_per_stage=files,
+        files=files,
         weights=list(filter(weight_of_this_rank, snapshot.weights)),
         weight_values=chosen(weight_of_this_rank, snapshot.weights, snapshot.weight_values),
         slices=replace(
@@ -112,8 +109,12 @@ def contribution(snapshot: Snapshot, topology: Topology) -> Snapshot:
     )
 
 
-def file_of_each(specs: list[Spec], files: int) -> list[int]:
-    """Which of a stage's files each tensor goes to: in order, about as much to each."""
-    sizes = [math.prod(spec.shape) for spec in specs]
-    middles = [before + size / 2 for size, before in zip(sizes, accumulate(sizes, initial=0), strict=False)]
-    return [min(int(middle * files / sum(sizes)), files - 1) for middle in middles]
+def in_files(specs: list[Spec], count: int) -> list[list[Spec]]:
+    """A stage's tensors in so many files: in order, about as much in each."""
+    files: list[list[Spec]] = [[] for _ in range(count)]
+    total, before = sum(math.prod(spec.shape) for spec in specs), 0
+    for spec in specs:
+        size = math.prod(spec.shape)
+        files[min(int((before + size / 2) * count / total), count - 1)].append(spec)
+        before += size
+    return files

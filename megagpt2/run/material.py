@@ -16,7 +16,7 @@ from megagpt2.data.indexed import IndexedCorpus
 from megagpt2.data.order import Order
 from megagpt2.data.tokenizer import Tokenizer
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 _SAMPLED = 64  # places at which a corpus without manifest is looked at
 _STRETCH = 1 << 14  # tokens at each
 
@@ -108,7 +108,7 @@ def open_material(config: Config, plan: Plan) -> Material:
     tokenizer = open_tokenizer(config, [train, valid])
     texts = {}
     if tokenizer is not None:
-        files = (config.data.tokenizer / name for name in _TOKENIZER_FILES)
+        files = (config.data.tokenizer / name for name in TOKENIZER_FILES)
         texts = {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
     return Material(train, valid, tokenizer, texts)
 

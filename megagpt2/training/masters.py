@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megagpt2.model.parameters import Extent, Spec, specified
+from megagpt2.model.parameters import Extent, specified
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.topology import Topology
 from megagpt2.training.optimizer import set_updates
@@ -213,14 +213,6 @@ def _set_stage_3_weight(parameter: nn.Parameter, replica: int, source: Source) -
         partition.data.narrow(0, 0, extent.elements).copy_(piece)
     if parameter.ds_status == deepspeed.zero.ZeroParamStatus.AVAILABLE:
         parameter.data.copy_(_whole(parameter, source))
-
-
-@torch.no_grad()
-def local_weights(engine) -> Iterator[tuple[Spec, Tensor]]:
-    """This rank's part of every weight as it is computed with; ZeRO-3 gathers each one, on all ranks together."""
-    for parameter in specified(engine.module):
-        with deepspeed.zero.GatheredParameters([parameter], enabled=_is_stage_3(parameter)):
-            yield parameter.spec, parameter.detach()
 
 
 def weight_extents(engine, topology: Topology) -> list[Extent]:

@@ -20,7 +20,6 @@ from megagpt2.parallel.topology import Topology, build_topology
 from megagpt2.training import offload
 from megagpt2.training.engine import Engine, build_engine
 from megagpt2.training.masters import extents, set_values, weight_extents
-from megagpt2.training.masters import local_weights as engine_weights
 from megagpt2.training.step import TrainStep
 
 
@@ -63,8 +62,12 @@ def start(config: Config) -> tuple[Engine, TrainStep, Batches]:
 
 
 def local_weights(engine: Engine) -> dict[str, tuple[Spec, np.ndarray]]:
-    """This rank's part of every weight, gathered from ZeRO-3 where needed, as fp32."""
-    return {spec.name: (spec, weight.float().numpy().copy()) for spec, weight in engine_weights(engine.deepspeed)}
+    """This rank's part of every weight, gathered from ZeRO-3 where needed, as fp32. All ranks together."""
+    found = {}
+    for parameter in specified(engine.module):
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
+            found[parameter.spec.name] = parameter.spec, parameter.detach().float().numpy().copy()
+    return found
 
 
 def train(changes: dict, steps: int) -> dict:

@@ -168,11 +168,8 @@ class DeepSpeed:
         if self._names.transformers and vocabulary is None:
             vocabulary = rows  # which transformers does not pad
         words, notes = megatron.true_vocabulary(args, rows, vocabulary)
-        heads = heads or args.get("num_attention_heads")
-        if heads is None:
-            heads = width // megatron.HEAD_WIDTH
-            notes.append(f"nothing says how many heads there are: {heads} of width {megatron.HEAD_WIDTH}, see --heads")
-        self.notes += notes
+        heads, more = megatron.true_heads(args, width, heads)
+        self.notes += notes + more
         return gpt2_config(
             self.folder, layers=len({name.split(".")[1] for name in self._every() if name.startswith("h.")}),
             width=width, heads=heads, vocabulary=words, context=self._shape_before_cut("wpe.weight")[0],

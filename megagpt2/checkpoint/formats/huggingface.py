@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +101,17 @@ def read_model_config(folder: Path) -> ModelConfig:
     for key, value in _ONLY.items():
         if data.get(key, value) is not value:
             raise CheckpointError(f"{path}: {key} {data[key]!r}; only {value!r} is implemented")
-    def dropout(key: str) -> float:
-        return float(0.1 if data.get(key) is None else data[key])
-
     try:
-        return _model_config(data, kind, dropout)
+        return _model_config(data)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not describe a GPT-2: {error}") from None
 
 
-def _model_config(data: dict[str, Any], kind: str, dropout: Callable[[str], float]) -> ModelConfig:
+def _model_config(data: dict[str, Any]) -> ModelConfig:
+    def dropout(key: str) -> float:
+        return float(0.1 if data.get(key) is None else data[key])
+
+    kind = data["model_type"]
     return ModelConfig(
         name=kind, layers=data["n_layer"], width=data["n_embd"], heads=data["n_head"], vocabulary=data["vocab_size"],
         context=data["n_positions"], feed_forward=data.get("n_inner"), norm="pre" if kind == "gpt2" else "post",
@@ -148,7 +149,7 @@ class Weights:
             return files
         raise CheckpointError(f"{folder} has neither {INDEX} nor model.safetensors")
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """What the weights are stored in; that of one of them, where a foreign folder mixes."""
         name, file = next(iter(self.files.items()))

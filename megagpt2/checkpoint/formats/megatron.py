@@ -171,6 +171,14 @@ def true_vocabulary(args: dict[str, Any], rows: int, asked: int | None) -> tuple
     )
 
 
+def true_heads(args: dict[str, Any], width: int, asked: int | None) -> tuple[int, list[str]]:
+    """How many attention heads there are, and what was assumed."""
+    if heads := asked or args.get("num_attention_heads"):
+        return heads, []
+    heads = width // HEAD_WIDTH
+    return heads, [f"nothing says how many heads there are: {heads} of width {HEAD_WIDTH}, see --heads"]
+
+
 class Megatron:
     """An open classic checkpoint: ROOT, or one of its iterations."""
 
@@ -247,11 +255,8 @@ class Megatron:
                 raise CheckpointError(f"{self.folder} has no {name} by any of Megatron's names")
         rows, width = sum(part.shape[0] for part in self._parts["wte.weight"]), self._parts["wte.weight"][0].shape[1]
         words, notes = true_vocabulary(args, rows, vocabulary)
-        heads = heads or args.get("num_attention_heads")
-        if heads is None:
-            heads = width // HEAD_WIDTH
-            notes.append(f"nothing says how many heads there are: {heads} of width {HEAD_WIDTH}, see --heads")
-        self.notes += notes
+        heads, more = true_heads(args, width, heads)
+        self.notes += notes + more
         return gpt2_config(
             self.folder, layers=self.layers, width=width, heads=heads, vocabulary=words,
             context=self._parts["wpe.weight"][0].shape[0],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ def staged(folder: Path, tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-def save_pickled(path: Path, content: Any, save: Callable[[Any, str], None] = torch.save) -> None:
+def save_pickled(path: Path, content: Any) -> None:
     """torch.save of tensors and plain values, for programs that read nothing else."""
     try:
-        save(content, str(path))
+        torch.save(content, path)
     except RuntimeError as error:  # torch's archive writer's
         raise OSError(f"{path} can't be written: {str(error).splitlines()[0]}") from None
