@@ -17,9 +17,10 @@ nanogpt       x       x     ckpt.pt
 llmc          x       x     model .bin, fp32 or bf16
 
 Our checkpoints are Hugging Face models already (step_NNNNNNNN/model). The geometry is read from SOURCE; one tensor is
-in memory at a time (a destination that is one pickle is put together on the disk). At the end both sides' logits on a
-fixed input are compared, with transformers' too where it is installed and one side is its; if they differ nothing is
-left at DESTINATION. A pickle that wants more than tensors and known plain classes is not opened.
+in memory at a time (a destination that is one pickle is put together on the disk). Where fp32 is written and SOURCE has
+fp32 masters, they are taken. At the end both sides' logits on a fixed input are compared, with transformers' too where
+one side is its, it is installed and has memory for the model; if they differ nothing is left at DESTINATION. A pickle
+that wants more than tensors and known plain classes is not opened.
 
 Exit codes: 0 done; 1 the two sides' logits differ; 2 the request is wrong, or SOURCE is not what it should be.
 """
@@ -32,10 +33,12 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megagpt2.checkpoint import convert, store
 from megagpt2.checkpoint.formats import huggingface, llmc, megatron, nanogpt
@@ -44,12 +47,23 @@ from megagpt2.checkpoint.formats.huggingface import HuggingFace
 from megagpt2.checkpoint.formats.openai import OpenAI
 from megagpt2.checkpoint.formats.source import Source, whole_specs
 from megagpt2.checkpoint.load import Checkpoint
+from megagpt2.model.parameters import Spec
+from megagpt2.planning.memory import show_bytes
 from megagpt2.run.material import TOKENIZER_FILES
+from megagpt2.run.saving import free_memory
 
 READ = ("huggingface", "megagpt2", "megatron", "deepspeed", "openai", "nanogpt", "llmc")
 WRITTEN = ("huggingface", "megagpt2", "megatron", "nanogpt", "llmc")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = 1e-4  # of the largest logit, between transformers and us; our own two readings must agree exactly
+OF_SOURCE = {  # options, and the formats that don't say themselves what they say
+    "activation": ("megatron", "deepspeed", "nanogpt"), "heads": ("megatron", "deepspeed"),
+    "checkpoint_version": ("megatron",), "qkv": ("deepspeed",), "zero_biases": ("nanogpt",),
+}
+OF_TARGET = {
+    "tensor_parallel": ("megatron",), "pipeline_parallel": ("megatron",), "megatron_layers": ("megatron",),
+    "no_biases": ("nanogpt",), "tokenizer": ("huggingface", "megagpt2"),
+}
 GPT2_TOKENIZER = {
     "tokenizer_class": "GPT2Tokenizer", "model_max_length": 1024, "add_prefix_space": False,
     **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
@@ -67,23 +81,36 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--tokenizer", type=Path, metavar="DIR", help="to huggingface, megagpt2: put this in the model's folder"
     )
     known = parser.add_argument_group("what some sources don't say")
-    known.add_argument("--activation", choices=("tanh", "erf"), help="which GELU; GPT-2's is tanh")
     known.add_argument("--vocabulary", type=int, metavar="N", help="rows of the padded embedding that are words")
-    known.add_argument("--heads", type=int, metavar="N")
+    known.add_argument("--activation", choices=("tanh", "erf"),
+                       help="megatron, deepspeed, nanogpt: which GELU; GPT-2's is tanh")
+    known.add_argument("--heads", type=int, metavar="N", help="megatron, deepspeed")
     known.add_argument("--checkpoint-version", type=float, metavar="V", help="megatron: where the file's own is wrong")
     known.add_argument("--qkv", choices=("heads", "thirds"), help="deepspeed: the order of query_key_value's rows")
     known.add_argument("--zero-biases", action="store_true", help="nanogpt: a model without biases gets zeros")
     layout = parser.add_argument_group("what is written")
-    layout.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="megatron (default: 1)")
-    layout.add_argument("--pipeline-parallel", type=int, default=1, metavar="N", help="megatron (default: 1)")
-    layout.add_argument("--megatron-layers", choices=("te", "local"), default="te",
+    layout.add_argument("--tensor-parallel", type=int, metavar="N", help="megatron (default: 1)")
+    layout.add_argument("--pipeline-parallel", type=int, metavar="N", help="megatron (default: 1)")
+    layout.add_argument("--megatron-layers", choices=("te", "local"),
                         help="megatron: names of Transformer Engine's layers (default) or of its own")
     layout.add_argument("--no-biases", action="store_true", help="nanogpt: leave biases out, if all are zero")
     return parser.parse_args(argv)
 
 
 def open_source(kind: str, path: Path, options: argparse.Namespace) -> Source:
-    """SOURCE, its headers read."""
+    """SOURCE, its headers read; CheckpointError where it isn't what it is said to be."""
+    try:
+        source = open_format(kind, path, options)
+    except (store.CheckpointError, OSError):
+        raise
+    except Exception as error:  # in a foreign file anything can be wrong
+        raise store.CheckpointError(f"{path} can't be read as {kind}: {type(error).__name__} {error}") from None
+    if options.vocabulary is not None and options.vocabulary != source.model.vocabulary:
+        source = Unpadded(source, options.vocabulary)
+    return source
+
+
+def open_format(kind: str, path: Path, options: argparse.Namespace) -> Source:
     known = {"activation": options.activation, "vocabulary": options.vocabulary, "heads": options.heads}
     if not path.exists():
         raise store.CheckpointError(f"{path} does not exist")
@@ -108,17 +135,47 @@ def open_source(kind: str, path: Path, options: argparse.Namespace) -> Source:
     return llmc.LlmC(path)
 
 
-class _Cast:
-    """A source whose weights are given in another type."""
+class Changed:
+    """A source that gives some of what it has in another way."""
 
-    def __init__(self, source: Source, dtype: torch.dtype) -> None:
-        self._source, self.dtype = source, dtype
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
-    def read(self, spec):
-        return self._source.read(spec).to(self.dtype)
+
+class Cast(Changed):
+    """Weights in another type; in fp32 the masters, where there are any."""
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        super().__init__(source)
+        self.dtype = dtype
+        self._masters = dtype == torch.float32 and "master" in getattr(source, "kinds", ())
+
+    def read(self, spec: Spec) -> Tensor:
+        return self._source.state("master", spec) if self._masters else self._source.read(spec).to(self.dtype)
+
+
+class Unpadded(Changed):
+    """The first rows of an embedding that says not itself how many of them are words."""
+
+    def __init__(self, source: Source, vocabulary: int) -> None:
+        super().__init__(source)
+        rows = source.model.vocabulary
+        if not 0 < vocabulary <= rows:
+            raise store.CheckpointError(f"--vocabulary {vocabulary}: the embedding has {rows} rows")
+        self.model = source.model.model_copy(update={"vocabulary": vocabulary})
+        self._rows = rows
+
+    def _whole(self, spec: Spec) -> Spec:
+        return replace(spec, shape=(self._rows, *spec.shape[1:])) if spec.name == "wte.weight" else spec
+
+    def read(self, spec: Spec) -> Tensor:
+        return self._source.read(self._whole(spec))[: spec.shape[0]]
+
+    def state(self, kind: str, spec: Spec) -> Tensor:
+        return self._source.state(kind, self._whole(spec))[: spec.shape[0]]
 
 
 def write_target(kind: str, path: Path, source: Source, options: argparse.Namespace) -> Path:
@@ -129,14 +186,15 @@ def write_target(kind: str, path: Path, source: Source, options: argparse.Namesp
         path.mkdir(parents=True)
     inside = options.source / "model" if options.source_format == "megagpt2" else options.source
     texts = tokenizer_files(options.tokenizer or inside)
-    end = json.loads(texts.get("vocab.json", "{}")).get("<|endoftext|>")
+    end = end_of_text(texts)
     if kind == "huggingface":
         huggingface.write(path, source, source.dtype, texts, end)
     elif kind == "megagpt2":
         return convert.write_checkpoint(path, source, texts, end)
     elif kind == "megatron":
         megatron.write(
-            path, source, options.tensor_parallel, options.pipeline_parallel, layers=options.megatron_layers
+            path, source, options.tensor_parallel or 1, options.pipeline_parallel or 1,
+            layers=options.megatron_layers or "te",
         )
     elif kind == "nanogpt":
         nanogpt.write(path, source, not options.no_biases)
@@ -156,13 +214,28 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
     return found
 
 
+def end_of_text(texts: dict[str, str]) -> int | None:
+    """<|endoftext|>'s number, where there is a vocabulary."""
+    try:
+        return json.loads(texts.get("vocab.json", "{}")).get("<|endoftext|>")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise store.CheckpointError(f"the tokenizer's vocabulary (vocab.json, encoder.json) is none: {error}") from None
+
+
 def check_request(options: argparse.Namespace) -> None:
     """What can be refused before anything is opened."""
     if options.destination.exists() or options.destination.is_symlink():
         raise store.CheckpointError(f"{options.destination} is there already: name another DESTINATION, or remove it")
+    formats = (OF_SOURCE, options.source_format, "--from"), (OF_TARGET, options.target_format, "--to")
+    for table, kind, which in formats:
+        for name, kinds in table.items():
+            if getattr(options, name) not in (None, False) and kind not in kinds:
+                raise store.CheckpointError(
+                    f"--{name.replace('_', '-')} says nothing with {which} {kind}: it is for {', '.join(kinds)}"
+                )
     for name in ("tensor_parallel", "pipeline_parallel"):
-        if getattr(options, name) < 1:
-            raise store.CheckpointError(f"--{name.replace('_', '-')} {getattr(options, name)}: use at least 1")
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise store.CheckpointError(f"--{name.replace('_', '-')} {value}: use at least 1")
     if options.tokenizer is not None and not tokenizer_files(options.tokenizer):
         raise store.CheckpointError(f"--tokenizer {options.tokenizer} holds none of {', '.join(TOKENIZER_FILES)}")
 
@@ -202,15 +275,19 @@ def as_transformers(folder: Path, ours: Source) -> bool:
 
 
 def transformers_logits(folder: Path, source: Source) -> torch.Tensor | None:
-    """What transformers computes with a folder, in fp32; None where it is not installed."""
+    """What transformers computes with a folder, in fp32; None where it is not installed, or has no memory for it."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         print("transformers is not installed: its logits are not compared")
         return None
+    if (needed := 2 * 4 * source.model.parameters()) > (free := free_memory()):  # it has the whole model in memory
+        print(f"transformers' logits are not compared: they take {show_bytes(needed)}, and {show_bytes(free)} are free")
+        return None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(convert.fixed_input(source.model.vocabulary, source.model.context)).logits
+        logits = model(convert.fixed_input(source.model.vocabulary, source.model.context)).logits
+    return logits[..., : source.model.vocabulary]
 
 
 def remove(path: Path) -> None:
@@ -225,8 +302,9 @@ def convert_checkpoint(options: argparse.Namespace) -> int:
     check_request(options)
     source = open_source(options.source_format, options.source, options)
     stored = source
-    if options.dtype is not None:
-        source = _Cast(source, TYPES[options.dtype])
+    wanted = options.dtype or ("fp32" if options.target_format == "nanogpt" else None)
+    if wanted is not None and TYPES[wanted] != source.dtype:
+        source = Cast(source, TYPES[wanted])
     check_target(options, source)
     model = source.model
     print(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megagpt2.checkpoint.formats.source import Source, WithOptimizer, whole_specs
-from megagpt2.checkpoint.save import save_checkpoint
+from megagpt2.checkpoint.save import Ranks, save_checkpoint
 from megagpt2.checkpoint.shards import Slices
 from megagpt2.checkpoint.snapshot import Snapshot, TrainingState, contribution
 from megagpt2.checkpoint.store import CheckpointError
@@ -84,4 +84,4 @@ def write_checkpoint(
         TrainingState(step=source.updates, samples_seen=0, updates=source.updates), source.model, source.dtype,
         tokenizer_files=tokenizer_files, end_of_text=end_of_text,
     )
-    return save_checkpoint(checkpoints, contribution(snapshot, Topology()), Topology())
+    return save_checkpoint(checkpoints, contribution(snapshot, Topology()), Ranks(Topology()))

@@ -6,6 +6,7 @@ They are made of our own parameters: {our name: whole tensor, [out, in]}.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
@@ -96,6 +97,50 @@ def megatron_rank(
     return found
 
 
+# megatron-core's GPTModel in a classic file: megatron/core/models/gpt/gpt_model.py, gpt_layer_specs.py (Transformer
+# Engine's layers norm in front of their product), transformer/transformer_layer.py. `_extra_state` is Transformer
+# Engine's (pytorch/module/base.py, get_extra_state): None, a tensor of bytes, or, to 1.x, a stream of pickled bytes.
+
+_CORE_NAMES = {
+    "core-te": {
+        "input_layernorm": "self_attention.linear_qkv.layer_norm_{}",
+        "post_attention_layernorm": "mlp.linear_fc1.layer_norm_{}",
+    },
+    "core-local": {
+        "input_layernorm": "input_layernorm.{}", "post_attention_layernorm": "pre_mlp_layernorm.{}",
+    },
+}
+_CORE_PRODUCTS = {
+    "self_attention.query_key_value": "self_attention.linear_qkv.{}",
+    "self_attention.dense": "self_attention.linear_proj.{}", "mlp.dense_h_to_4h": "mlp.linear_fc1.{}",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2.{}",
+}
+
+
+def core_rank(legacy: dict, names: str) -> dict[str, Tensor | io.BytesIO | None]:
+    """What `megatron_rank` gives under names of "encoder", as megatron-core calls it."""
+    table = _CORE_PRODUCTS | _CORE_NAMES[names]
+    torch.save(None, stream := io.BytesIO())
+    extra_states = None, stream, io.BytesIO(), torch.empty(0, dtype=torch.uint8)
+    language, found = legacy["language_model"], {}
+    for part, tensors in language.get("embedding", {}).items():
+        found[f"embedding.{part}.weight"] = tensors["weight"]
+    for name, value in language["encoder"].items():
+        if name.startswith("final_layernorm."):
+            found[f"decoder.{name}"] = value
+            continue
+        _, layer, rest = name.split(".", 2)
+        theirs, what = rest.rsplit(".", 1)
+        found[f"decoder.layers.{layer}.{table[theirs].format(what)}"] = value
+        if names == "core-te" and what == "weight" and theirs in _CORE_PRODUCTS:
+            stem = table[theirs].removesuffix("{}")
+            found[f"decoder.layers.{layer}.{stem}_extra_state"] = extra_states[int(layer) % 4]
+    if "word_embeddings_for_head" in legacy:
+        found["output_layer.weight"] = legacy["word_embeddings_for_head"]["weight"]
+        found["output_layer._extra_state"] = None
+    return found
+
+
 def write_megatron(
     root: Path, values: Parameters, model: ModelConfig, tensor: int = 1, pipeline: int = 1, virtual: int = 1,
     version: float = 3.0, names: str = "encoder", **args,
@@ -109,10 +154,13 @@ def write_megatron(
     })
     for stage in range(pipeline):
         for rank in range(tensor):
+            core = names in _CORE_NAMES
             chunks = [
-                megatron_rank(values, model, rank, tensor, version, names, (v * pipeline + stage) * each, each)
+                megatron_rank(values, model, rank, tensor, version, "encoder" if core else names,
+                              (v * pipeline + stage) * each, each)
                 for v in range(virtual)
             ]
+            chunks = [core_rank(chunk, names) for chunk in chunks] if core else chunks
             content = {"args": about, "checkpoint_version": version, "iteration": 7, "rng_state": [
                 {"np_rng_state": np.random.RandomState(0).get_state()}
             ]}
@@ -128,13 +176,16 @@ def write_megatron(
 # GPT-NeoX: megatron/model/gpt2_model.py (`init_specs`) for the list's numbers, transformer.py for names.
 
 
-def write_neox(root: Path, values: Parameters, model: ModelConfig, tensor: int, mlp: tuple[str, str]) -> None:
-    """Layer files as DeepSpeed's PipelineModule saves them. mlp: the projections' names, which changed in 2024."""
+def write_neox(
+    root: Path, values: Parameters, model: ModelConfig, tensor: int, mlp: tuple[str, str], version: float = 3.0
+) -> None:
+    """Layer files as DeepSpeed's PipelineModule saves them. mlp: the projections' names, which changed in 2024.
+    version: 3.0, or 0.0 for query_key_value in thirds (as Megatron-DeepSpeed splits it since December 2024)."""
     folder = root / "global_step9"
     folder.mkdir(parents=True)
     (root / "latest").write_text("global_step9")
     for rank in range(tensor):
-        found = megatron_rank(values, model, rank, tensor, 3.0, "first", 0, model.layers)["language_model"]
+        found = megatron_rank(values, model, rank, tensor, version, "first", 0, model.layers)["language_model"]
         embedding = {f"{name}.weight": part["weight"] for name, part in found["embedding"].items()}
         files: dict[int, dict[str, Tensor]] = {0: embedding, model.layers + 3: {}}
         for name, value in found["transformer"].items():

@@ -182,6 +182,27 @@ def test_a_pickle_that_wants_more_is_refused_by_name(kind, tmp_path, capsys):
     assert not marker.exists() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["nanogpt", "megatron", "deepspeed", "huggingface", "openai", "llmc", "megagpt2"])
+@pytest.mark.parametrize("content", [[1, 2], {"model": 5, "module": [3], "param_shapes": 5, "model_args": []}, 7])
+def test_nonsense_is_refused_in_words(kind, content, tmp_path, capsys):
+    """Whatever a file holds that can be opened."""
+    source = tmp_path / "source"
+    path = {
+        "nanogpt": source, "megatron": source / "mp_rank_00/model_optim_rng.pt", "llmc": source,
+        "deepspeed": source / "mp_rank_00_model_states.pt", "huggingface": source / "pytorch_model.bin",
+        "openai": source / "model.ckpt.index", "megagpt2": source / "manifest.json",
+    }[kind]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    for name, text in (("config.json", '{"model_type": [1]}'), ("hparams.json", '{"n_vocab": Infinity}'),
+                       ("manifest.json", '[]')):
+        if source.is_dir():
+            (source / name).write_text(text)
+    flags = ["--activation", "tanh"] if kind == "nanogpt" else []
+    assert main(["--from", kind, "--to", "huggingface", *flags, str(source), str(tmp_path / "out")]) == 2
+    assert str(source) in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_allowed_names_are_stand_ins(tmp_path):
     """Loading calls nothing of theirs, though they are importable here."""
     import argparse

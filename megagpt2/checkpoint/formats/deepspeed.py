@@ -26,7 +26,7 @@ from torch import Tensor
 from megagpt2.checkpoint.formats import megatron
 from megagpt2.checkpoint.formats.huggingface import is_transposed
 from megagpt2.checkpoint.formats.pickles import load_pickled
-from megagpt2.checkpoint.formats.source import check_shape, gpt2_config, refuse_others, whole_specs
+from megagpt2.checkpoint.formats.source import check_shape, gpt2_config, refuse_others, whole_specs, widest
 from megagpt2.checkpoint.formats.zero import KINDS, UniversalStates, ZeroStates
 from megagpt2.checkpoint.store import CheckpointError
 from megagpt2.config.schema import ModelConfig
@@ -143,7 +143,7 @@ class DeepSpeed:
 
     def _type_of_weights(self, about: dict[str, Any]) -> torch.dtype:
         if self._parts:
-            return next(iter(self._parts.values()))[0].dtype
+            return widest(part.dtype for parts in self._parts.values() for part in parts)
         if not self._places:
             raise CheckpointError(f"{self.folder} holds no weights: ZeRO-3's are in the optimizer's files")
         given = about.get("ds_config") if isinstance(about.get("ds_config"), dict) else {}
@@ -215,16 +215,16 @@ class DeepSpeed:
     def read(self, spec: Spec) -> Tensor:
         if not self._parts:
             return self._state("master", spec).to(self.dtype)
-        return self._whole(spec, self._parts[spec.name])
-
-    def state(self, kind: str, spec: Spec) -> Tensor:
-        value = self._state(kind, spec)
-        if kind == "master" and self._parts and not torch.equal(value.to(self.dtype), self.read(spec)):
+        weight = self._whole(spec, self._parts[spec.name])
+        if self._places and not torch.equal(self._state("master", spec).to(weight.dtype), weight):
             raise CheckpointError(
                 f"{self.folder}: the master of {spec.name} is not its weight: the optimizer's files are laid out in a"
                 " way that is not understood, or are of another step"
             )
-        return value
+        return weight.to(self.dtype)
+
+    def state(self, kind: str, spec: Spec) -> Tensor:
+        return self._state(kind, spec)
 
 
 def _of_layers(files: dict[tuple[int, int], Path]) -> list[tuple[int, str, Tensor]]:

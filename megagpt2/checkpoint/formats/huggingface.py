@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megagpt2.checkpoint.disk import write_file
 from megagpt2.checkpoint.formats.pickles import load_pickled, tensors_in
-from megagpt2.checkpoint.formats.source import Source, refuse_others, whole_specs
+from megagpt2.checkpoint.formats.source import Source, refuse_others, whole_specs, widest
 from megagpt2.checkpoint.rectangles import copy_shared, rectangles, whole
 from megagpt2.checkpoint.store import CheckpointError, get_tensor, open_safetensors
 from megagpt2.checkpoint.stream import TensorFile
@@ -151,7 +151,7 @@ class Weights:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored in; that of one of them, where a foreign folder mixes."""
+        """What the weights are stored in: all are alike."""
         name, file = next(iter(self.files.items()))
         return get_tensor(self._file(file), self.folder / file, name).dtype
 
@@ -191,7 +191,7 @@ class Weights:
 
     def read(self, spec: Spec) -> Tensor:
         """The whole parameter."""
-        return self.local(Spec(spec.name, spec.shape))
+        return self.local(Spec(spec.name, spec.shape)).to(self.dtype)
 
 
 class HuggingFace(Weights):
@@ -219,6 +219,11 @@ class HuggingFace(Weights):
             if not torch.equal(head, self._stored(specs[0])):
                 raise CheckpointError(f"{folder}: lm_head.weight is not the embedding: GPT-2's head is tied to it")
         refuse_others(folder, left - {"lm_head.weight"})
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        stored = (get_tensor(self._file(file), self.folder / file, name) for name, file in self.files.items())
+        return widest(tensor.dtype for tensor in stored)
 
     def _list(self) -> dict[str, str]:
         return dict.fromkeys(self._pickled, "pytorch_model.bin") if self._pickled else super()._list()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megagpt2.checkpoint.formats.pickles import Inert, load_pickled
-from megagpt2.checkpoint.formats.source import Source, check_shape, gpt2_config, refuse_others, whole_specs
+from megagpt2.checkpoint.formats.source import Source, check_shape, gpt2_config, refuse_others, whole_specs, widest
 from megagpt2.checkpoint.formats.staging import save_pickled, staged
 from megagpt2.checkpoint.store import CheckpointError
 from megagpt2.config.schema import ModelConfig
@@ -201,7 +201,7 @@ class Megatron:
         self.version = float(first.get("checkpoint_version", 0) if version is None else version)
         self._parts = self._collect(files)
         self.model = self._geometry(args, vocabulary, heads)
-        self.dtype = self._parts["wte.weight"][0].dtype
+        self.dtype = widest(part.dtype for parts in self._parts.values() for part in parts)
         self._check()
 
     def _files(self) -> dict[tuple[int, int], Path]:
@@ -285,7 +285,7 @@ class Megatron:
             raise CheckpointError(f"{self.folder}: {spec.name}: {error}") from None
         if spec.name == "wte.weight":
             whole = whole[: spec.shape[0]]
-        return check_shape(self.folder, spec.name, whole, spec.shape)
+        return check_shape(self.folder, spec.name, whole, spec.shape).to(self.dtype)
 
 
 def arguments_of(content: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from megagpt2.checkpoint.store import CheckpointError
 
 NAMES = frozenset({
     "argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath", "signal.Signals", "builtins.getattr",
-    "_io.BytesIO", "torch._C.Generator",
+    "_io.BytesIO", "builtins.bytes", "torch._C.Generator",
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",

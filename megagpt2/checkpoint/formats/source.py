@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -49,6 +50,11 @@ def gpt2_config(where: object, **fields) -> ModelConfig:
         return ModelConfig.model_validate({"name": "gpt2", **fields})
     except ValueError as error:
         raise CheckpointError(f"{where} does not describe a GPT-2: {error}") from None
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The floating-point type that holds all of these without rounding: of a file whose tensors differ."""
+    return functools.reduce(torch.promote_types, (dtype for dtype in dtypes if dtype.is_floating_point))
 
 
 def check_shape(where: object, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
