@@ -180,9 +180,9 @@ def tell_start(monitor: Monitor, progress: Progress, plan: Plan, loaded: Loaded 
     if loaded is not None:
         monitor.event(
             progress.step,
-            f"loaded {loaded.folder}: step {progress.step}, {progress.samples_seen:,} samples seen,"
-            f" {len(loaded.weights.files)} tensors; rank 0 took {loaded.bytes_read / 1e6:,.1f} MB of the"
-            f" {loaded.bytes_there / 1e6:,.1f} MB there",
+            f"loaded {loaded.folder}: step {progress.step}, {progress.samples_seen:,} samples seen; rank 0 took"
+            f" {len(loaded.tensors_read)} of {len(loaded.weights.files)} tensors, {loaded.bytes_read / 1e6:,.1f} of"
+            f" {loaded.bytes_there / 1e6:,.1f} MB",
         )
 
 

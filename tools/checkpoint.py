@@ -6,8 +6,8 @@
     python tools/checkpoint.py info runs/gpt2/checkpoints/step_00060000
     python tools/checkpoint.py prune runs/gpt2 --keep 3 --keep-every 10000 --dry-run
 
-RUN is a run.directory (or its folder checkpoints/). `prune` keeps the newest --keep up to the newest one that verifies,
-which is never removed, and damaged ones that are newer.
+RUN is a run.directory (or its folder checkpoints/). `prune` keeps the newest --keep that verify, and leaves alone what
+is damaged between and above them.
 
 Exit codes: 0 done; 1 `verify` found a damaged checkpoint; 2 the request is wrong.
 """
@@ -58,9 +58,12 @@ def checkpoints_of(run: Path) -> Path:
 
 def state_of(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise store.CheckpointError(f"{folder / 'state.json'} can't be read: {error}") from None
+    if not isinstance(state, dict):
+        raise store.CheckpointError(f"{folder / 'state.json'} holds no state")
+    return state
 
 
 def layout(manifest: store.Manifest) -> str:
@@ -70,20 +73,13 @@ def layout(manifest: store.Manifest) -> str:
 def row(folder: Path) -> list[str]:
     """What `list` says of a checkpoint, without reading its tensors."""
     try:
-        manifest, state = store.read_manifest(folder), state_of(folder)
-        missing = [name for name, record in manifest.files.items() if not has_size(folder / name, record["size"])]
-        if missing:
-            raise store.CheckpointError(f"{folder / missing[0]} is missing or has another size")
+        manifest, state = store.check_sizes(folder), state_of(folder)
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / store.MANIFEST).stat().st_mtime))
         loss = f"{state['losses'][-1]:.4f}" if state.get("losses") else ""
         size = show_bytes(sum(record["size"] for record in manifest.files.values()))
         return [folder.name, written, size, f"{state['samples_seen']:,}", loss, layout(manifest)]
-    except (store.CheckpointError, KeyError, TypeError, OSError) as error:
+    except (store.CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
         return [folder.name, "damaged", "", "", "", str(error)]
-
-
-def has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def show(rows: list[list[str]], right: tuple[int, ...] = ()) -> None:
@@ -105,7 +101,8 @@ def list_all(run: Path) -> int:
 
 def verify(path: Path) -> int:
     """One checkpoint, or all of a run."""
-    folders = [path] if (path / store.MANIFEST).exists() else store.all_steps(checkpoints_of(path))
+    one = path.is_dir() and (store.is_step(path) or (path / store.MANIFEST).exists())
+    folders = [path] if one else store.all_steps(checkpoints_of(path))
     damaged = 0
     for folder in folders:
         began = time.perf_counter()
@@ -159,7 +156,7 @@ def prune(run: Path, keep: int, keep_every: int | None, dry_run: bool) -> int:
         print(f"left alone, damaged: {note}")
     if newest is None:
         raise store.CheckpointError(f"{checkpoints} holds no checkpoint that verifies: nothing is removed")
-    doomed = store.superfluous(checkpoints, newest, keep, keep_every)
+    doomed = store.superfluous(checkpoints, newest, keep, keep_every, store.verify)
     for folder in doomed:
         print(f"{'would remove' if dry_run else 'removing'} {folder}", flush=True)
         if not dry_run:

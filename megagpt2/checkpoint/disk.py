@@ -5,8 +5,10 @@ A new name is durable when the folder it stands in has been synced, a file's byt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,11 +29,9 @@ class HashedFile:
         for start in range(0, len(view), BLOCK):
             block = view[start : start + BLOCK]
             self._digest.update(block)
-            try:
+            with _naming(self.path):
                 while block:
                     block = block[os.write(self._descriptor, block) :]
-            except OSError as error:  # which does not say of which file
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.size += len(view)
 
     @property
@@ -43,11 +43,12 @@ class HashedFile:
         return self
 
     def __exit__(self, kind, value, trace) -> None:
-        try:
-            if kind is None:
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
+        with _naming(self.path):  # network file systems and quotas report a full disk here
+            try:
+                if kind is None:
+                    os.fsync(self._descriptor)
+            finally:
+                os.close(self._descriptor)
 
 
 def write_file(path: Path, data: bytes) -> dict[str, Any]:
@@ -62,10 +63,30 @@ def write_file(path: Path, data: bytes) -> dict[str, Any]:
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
+    with _naming(folder):
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder and those above it, where they are not there yet, so that they survive a power cut."""
+    if folder.is_dir():
+        return
+    if not folder.parent.exists():
+        make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of calls that know a descriptor alone say of which file."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def record_of(path: Path) -> dict[str, Any]:

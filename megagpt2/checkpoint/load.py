@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from megagpt2.checkpoint.snapshot import TrainingState
 from megagpt2.config.schema import ModelConfig
 from megagpt2.model.parameters import Extent, Spec
 
-_SHAPE_FIELDS = ("layers", "width", "heads", "vocabulary", "context", "inner", "norm")
+_SAME = ("layers", "width", "heads", "vocabulary", "context", "inner", "norm", "layer_norm_epsilon")
 
 
 def choose(
@@ -36,21 +36,7 @@ def choose(
             )
         return None, []
     if resume not in ("auto", "must"):
-        folder = Path(resume)
-        if not folder.is_dir():
-            raise store.CheckpointError(f"checkpoint.resume names {folder}, which is not a folder")
-        verify(folder)
-        if not folder.resolve().is_relative_to(checkpoints.resolve()):
-            own, skipped = store.newest_verified(checkpoints, verify)
-            if own is not None:  # the same command, started again after a stop, goes on
-                return own, [*skipped, f"{folder}: this run has checkpoints of its own by now"]
-        elif later := [path for path in store.all_steps(checkpoints) if path.name > folder.name]:
-            # They would outlive what is trained from here, and the next resume would take them.
-            raise store.CheckpointError(
-                f"checkpoint.resume goes back to {folder}, but {checkpoints} holds {later[-1].name}, which the next"
-                " resume would take: move the later ones away first, or begin another run.directory"
-            )
-        return folder, []
+        return _choose_named(Path(resume), checkpoints, verify)
     folder, skipped = store.newest_verified(checkpoints, verify)
     if folder is None and (resume == "must" or skipped):
         # Starting anew beside damaged checkpoints would silently throw a run away.
@@ -62,6 +48,33 @@ def choose(
     return folder, skipped
 
 
+def _choose_named(named: Path, checkpoints: Path, verify: store.Verify) -> tuple[Path, list[str]]:
+    """Where a run begins that has no checkpoints yet; or one of its own, to go back to."""
+    own = named.resolve().is_relative_to(checkpoints.resolve())
+    if not own:
+        newest, skipped = store.newest_verified(checkpoints, verify)
+        if newest is not None:  # the same command, started again after a stop, goes on
+            return newest, [*skipped, f"{named}: this run has checkpoints of its own by now"]
+        if skipped:
+            raise store.CheckpointError(
+                f"checkpoint.resume names {named}, but this run has checkpoints of its own, and none can be used:"
+                f" {'; '.join(skipped)}. To start from {named} anew use another run.directory"
+            )
+    if not named.is_dir():
+        raise store.CheckpointError(f"checkpoint.resume names {named}, which is not a folder")
+    verify(named)
+    if own:
+        step = store.read_manifest(named).step
+        if later := [path for path in store.all_steps(checkpoints) if store.step_of(path) > step]:
+            # They would outlive what is trained from here, and the next resume would take them.
+            raise store.CheckpointError(
+                f"checkpoint.resume goes back to {named}, but {checkpoints} holds {later[-1].name}, which the next"
+                " resume would take: move the later ones away first, or begin another run.directory; to go on from the"
+                " newest one use checkpoint.resume=auto"
+            )
+    return named, []
+
+
 @dataclass(frozen=True)
 class Loaded:
     """An open checkpoint: read it by parameter."""
@@ -70,9 +83,11 @@ class Loaded:
     state: TrainingState
     weights: huggingface.Weights
     slices: SliceReader
+    tensors_read: set[str] = field(default_factory=set)  # parameters of which this rank took something
 
     def weight(self, extent: Extent, dtype: torch.dtype) -> Tensor:
         """As computed with, [elements]: the master, rounded. What was computed with in this type is stored so."""
+        self.tensors_read.add(extent.spec.name)
         if self.weights.dtype != dtype and "master" in self.slices.kinds:
             return self.slices.piece("master", extent).to(dtype)
         return self.weights.piece(extent).to(dtype)
@@ -126,7 +141,7 @@ def open_weights(folder: Path, model: ModelConfig) -> WeightsOnly:
 
 
 def _check_same_model(folder: Path, stored: ModelConfig, model: ModelConfig) -> None:
-    for name in _SHAPE_FIELDS:
+    for name in _SAME:
         if getattr(stored, name) != getattr(model, name):
             raise store.CheckpointError(
                 f"{folder} holds a model with {name} {getattr(stored, name)}, the configuration asks for"
@@ -139,7 +154,7 @@ def open_checkpoint(folder: Path, model: ModelConfig) -> Loaded:
     _check_same_model(folder, huggingface.read_model_config(folder / "model"), model)
     try:
         state = TrainingState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise store.CheckpointError(f"{folder / 'state.json'} can't be used: {error}") from None
     return Loaded(
         folder, state, huggingface.Weights(folder / "model", model), SliceReader(folder / "optimizer")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from megagpt2.model.parameters import Extent, Spec
 from megagpt2.parallel.messages import gather_texts, receive_text, send_text
 from megagpt2.parallel.topology import Topology
 
+T = TypeVar("T")
 _CPU = torch.device("cpu")
 _SEEN_WITHIN = 10.0  # seconds in which a network file system shows what another node has made
 
@@ -44,37 +45,33 @@ class SaveError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Ranks:
+class Ranks:
     """The ranks that write together."""
 
     topology: Topology
-    group: dist.ProcessGroup | None  # of all ranks, on the CPU
+    group: dist.ProcessGroup | None = None  # of all ranks, on the CPU; None: the default group
 
-    def together(self, action: Callable[[], None]) -> None:
+    def together(self, action: Callable[[], T]) -> T:
         """Do something on every rank; raises SaveError on all where it was an OSError on one."""
-        problem = ""
+        problem, answer = "", None
         try:
-            action()
+            answer = action()
         except OSError as error:
-            problem = str(error)
+            problem = str(error) or type(error).__name__
         every = [problem] if self.topology.world_size == 1 else gather_texts(problem, _CPU, self.group)
         if told := [f"rank {rank}: {text}" for rank, text in enumerate(every) if text]:
             more = f" (and {len(told) - 3} other ranks)" if len(told) > 3 else ""
             raise SaveError("; ".join(told[:3]) + more)
+        return answer
 
 
-def save_checkpoint(
-    checkpoints: Path, snapshot: Snapshot, topology: Topology, group: dist.ProcessGroup | None = None
-) -> Path:
-    """Write `checkpoints/step_N`; returns it when it is complete and durable.
-
-    snapshot: `contribution` of this rank. group: all ranks on the CPU; the default group if None.
-    """
-    ranks, step, first = _Ranks(topology, group), snapshot.state.step, topology.rank == 0
+def save_checkpoint(checkpoints: Path, snapshot: Snapshot, ranks: Ranks) -> Path:
+    """Write `checkpoints/step_N`; returns it when it is complete and durable. snapshot: `contribution` of this rank."""
+    topology, step, first = ranks.topology, snapshot.state.step, ranks.topology.rank == 0
     folder = store.partial_folder(checkpoints, step)
     try:
         ranks.together(lambda: first and store.begin(checkpoints, step))
-        ranks.together(lambda: _wait_for(folder / store.PARTS))
+        ranks.together(lambda: wait_for(folder / store.PARTS))
         ranks.together(lambda: _write_part(folder, snapshot, ranks))
         ranks.together(lambda: first and _finish(checkpoints, folder, snapshot, topology))
     except SaveError:
@@ -84,7 +81,7 @@ def save_checkpoint(
     return store.step_folder(checkpoints, step)
 
 
-def _wait_for(folder: Path) -> None:
+def wait_for(folder: Path) -> None:
     """Until what rank 0 has made is here too."""
     until = time.monotonic() + _SEEN_WITHIN
     while not folder.is_dir():
@@ -96,7 +93,7 @@ def _wait_for(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _write_part(folder: Path, snapshot: Snapshot, ranks: _Ranks) -> None:
+def _write_part(folder: Path, snapshot: Snapshot, ranks: Ranks) -> None:
     """This rank's files, and a note on them for rank 0."""
     files, tensors = _write_model(folder / "model", snapshot, ranks)
     path = folder / "optimizer" / f"rank_{ranks.topology.rank:05d}.safetensors"
@@ -110,7 +107,7 @@ def _write_part(folder: Path, snapshot: Snapshot, ranks: _Ranks) -> None:
 # Model files. Each has an owner, who writes it, and contributors, who hold parts of its tensors.
 
 
-def _write_model(folder: Path, snapshot: Snapshot, ranks: _Ranks) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def _write_model(folder: Path, snapshot: Snapshot, ranks: Ranks) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """This rank's share of its stage's files: {path in the checkpoint: record}, {file: names of its tensors}."""
     grid, values = ranks.topology, iter(snapshot.weight_values)
     files, tensors, count = {}, {}, len(snapshot.files)
@@ -150,7 +147,7 @@ def _entry(spec: Spec, snapshot: Snapshot) -> tuple[str, torch.dtype, tuple[int,
     return huggingface.foreign_name(spec.name, snapshot.model), snapshot.dtype, huggingface.foreign_shape(spec)
 
 
-def _contribute(extents: list[Extent], values: Iterator[Tensor], owner: int, ranks: _Ranks) -> None:
+def _contribute(extents: list[Extent], values: Iterator[Tensor], owner: int, ranks: Ranks) -> None:
     """Send the owner of a file this rank's parts of its tensors."""
     send_text(json.dumps([[extent.spec.name, described(extent)] for extent in extents]), owner, ranks.group)
     for _, value in zip(extents, values):  # noqa: B905 - in this order: one value too many would be lost
@@ -159,7 +156,7 @@ def _contribute(extents: list[Extent], values: Iterator[Tensor], owner: int, ran
 
 def _assembled(
     specs: list[Spec], mine: list[Extent], values: Iterator[Tensor], others: list[int], dtype: torch.dtype,
-    ranks: _Ranks,
+    ranks: Ranks,
 ) -> Iterator[Tensor]:
     """The whole tensors, in transformers' orientation, from this rank's parts and the others'."""
     parts = {ranks.topology.rank: {extent.spec.name: extent for extent in mine}}

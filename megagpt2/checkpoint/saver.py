@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt2.checkpoint import store
-from megagpt2.checkpoint.save import SaveError, save_checkpoint
+from megagpt2.checkpoint.save import Ranks, SaveError, save_checkpoint, wait_for
 from megagpt2.checkpoint.snapshot import Snapshot, contribution
 from megagpt2.parallel.topology import Topology
 
@@ -65,14 +65,17 @@ class Saver:
         self._done: Outcome | BaseException | None = None
         self._held = 0.0
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a checkpoint; the one before must be complete first, and the loop waits for that."""
-        assert self._done is None, "the last outcome was not asked for"
-        began = time.perf_counter()
+    def save(self, snapshot: Snapshot, began: float | None = None) -> None:
+        """Begin to write a checkpoint. What became of the one before must be known: one at a time.
+
+        began: since when (time.perf_counter) the loop has stood still for it.
+        """
+        assert self._done is None and self._thread is None, "what became of the last save was not asked for"
+        began = time.perf_counter() if began is None else began
         mine = contribution(snapshot, self.topology)
         if not self.asynchronous:
             self._held = 0.0
-            self._write(lambda: mine, began)
+            self._write(mine.state.step, lambda: mine, began)
             return
         mine = mine.noted()
         device = torch.cuda.current_device() if self.cuda else None
@@ -81,7 +84,8 @@ class Saver:
             ready.record()
         self._copied.clear()
         self._thread = threading.Thread(
-            target=self._write, args=(lambda: self._copy(mine, device, ready), began), name="checkpoint", daemon=True
+            target=self._write, args=(mine.state.step, lambda: self._copy(mine, device, ready), began),
+            name="checkpoint", daemon=True,
         )
         self._held = time.perf_counter() - began
         self._thread.start()
@@ -114,6 +118,7 @@ class Saver:
     # In the thread.
 
     def _copy(self, snapshot: Snapshot, device: int | None, ready: torch.cuda.Event | None) -> Snapshot:
+        """Raises OSError where there is no memory for it."""
         try:
             if device is None:
                 return snapshot.copied()
@@ -122,38 +127,48 @@ class Saver:
                 copy = snapshot.copied()
                 torch.cuda.current_stream().synchronize()
                 return copy
+        except (MemoryError, RuntimeError) as error:  # the second is torch's for the first
+            raise OSError(f"no memory for a copy of the state: {str(error).partition(chr(10))[0]}") from None
         finally:
             self._copied.set()
 
-    def _write(self, take: Callable[[], Snapshot], began: float) -> None:
+    def _write(self, step: int, take: Callable[[], Snapshot], began: float) -> None:
         try:
-            snapshot = take()
-            self._done = self._outcome(snapshot, began)
+            self._done = self._outcome(step, take, began)
         except BaseException as error:  # noqa: BLE001 - it is raised where the loop asks
             self._done = error
 
-    def _outcome(self, snapshot: Snapshot, began: float) -> Outcome:
-        step = snapshot.state.step
+    def _outcome(self, step: int, take: Callable[[], Snapshot], began: float) -> Outcome:
+        ranks = Ranks(self.topology, self.group)
         folder, problem, note, removed = None, None, None, ()
         try:
-            folder = save_checkpoint(self.checkpoints, snapshot, self.topology, self.group)
+            folder = save_checkpoint(self.checkpoints, ranks.together(take), ranks)
         except SaveError as error:
             problem = str(error)
-        if folder is not None and self.topology.rank == 0:
-            removed, note = self._retain(folder)
+        if folder is not None and self.retention.keep is not None:
+            removed, note = self._retain(folder, ranks)
         seconds = time.perf_counter() - began
         held = self._held if self.asynchronous else seconds
         return Outcome(step, folder, problem, removed, note, held, seconds)
 
-    def _retain(self, newest: Path) -> tuple[tuple[str, ...], str | None]:
+    def _retain(self, newest: Path, ranks: Ranks) -> tuple[tuple[str, ...], str | None]:
+        """Remove old ones, once the new one has been read back: it is the newest that verifies."""
         removed = []
         try:
-            if self.retention.keep is not None:
-                for folder in store.superfluous(
-                    self.checkpoints, newest, self.retention.keep, self.retention.keep_every
-                ):
-                    store.remove(folder)
-                    removed.append(folder.name)
-        except (OSError, ValueError) as error:  # the new checkpoint is safe: too many are no reason to stop
+            ranks.together(lambda: self._read_back(newest))
+            for folder in self._superfluous(newest) if self.topology.rank == 0 else ():
+                store.remove(folder)
+                removed.append(folder.name)
+        except (SaveError, OSError, ValueError) as error:  # the new checkpoint is there: too many are no reason to stop
             return tuple(removed), f"could not remove old checkpoints: {error}"
         return tuple(removed), None
+
+    def _read_back(self, folder: Path) -> None:
+        wait_for(folder)
+        try:
+            store.verify(folder, self.topology.rank, self.topology.world_size)
+        except store.CheckpointError as error:
+            raise OSError(str(error)) from None
+
+    def _superfluous(self, newest: Path) -> list[Path]:
+        return store.superfluous(self.checkpoints, newest, self.retention.keep, self.retention.keep_every)

@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +37,6 @@ class Slices:
     kinds: tuple[str, ...] = ()  # of "master", "exp_avg", "exp_avg_sq"
     places: list[Extent] = field(default_factory=list)
     values: Iterable[dict[str, Tensor]] = ()  # {kind: fp32 [elements]} for each place
-
-    @classmethod
-    def in_memory(cls, pieces: list[tuple[Spec, int, dict[str, Tensor]]]) -> Self:
-        """Of pieces that are there: parameter, first element, {kind: fp32 [n]}."""
-        kinds = tuple(pieces[0][2]) if pieces else ()
-        places = [Extent(spec, start, start + parts[kinds[0]].numel()) for spec, start, parts in pieces]
-        return cls(kinds, places, [parts for *_, parts in pieces])
 
 
 def write_slices(path: Path, slices: Slices) -> tuple[dict[str, Any] | None, dict[str, Any]]:

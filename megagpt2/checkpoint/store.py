@@ -3,7 +3,8 @@
     checkpoints/.step_00000200.partial/   while it is written: a reader never looks at it
     checkpoints/step_00000200/            renamed into place once manifest.json, written last, is on disk
 
-manifest.json holds every file's size and SHA-256. A folder is valid when they all agree.
+manifest.json holds every file's size and SHA-256. A folder is valid when they all agree, what every checkpoint has is
+among them, and no file of weights lies beside them that a reader might take instead.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megagpt2.checkpoint.disk import record_of, sync_folder, write_file
+from megagpt2.checkpoint.disk import make_folder, record_of, sync_folder, write_file
 
 MANIFEST = "manifest.json"
 VERSION = 2
 PARTS = "parts"  # in a folder that is being written: what each rank has written
 _HASHED_TOGETHER = 4  # files
+_EVERY_ONE_HAS = ("state.json", "model/config.json", "model/model.safetensors.index.json", "optimizer/index.json")
+_WEIGHTS = {".safetensors", ".bin", ".pt"}  # endings of what transformers and we open
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -60,7 +63,7 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 
 def begin(checkpoints: Path, step: int) -> Path:
     """An empty folder to write into; what interrupted saves and prunings left, of any step, is removed."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    make_folder(checkpoints)
     for name in (".step_*.partial", ".step_*.removing"):
         for left in checkpoints.glob(name):
             with contextlib.suppress(OSError):  # a file that is open elsewhere, or that somebody else removes
@@ -114,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist: {folder} is not a complete checkpoint") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from None
     if not isinstance(data, dict) or data.get("version") != VERSION:
         version = data.get("version") if isinstance(data, dict) else None
@@ -126,30 +129,45 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from None
     for name in records:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{path} names the file {name!r}, which lies outside the checkpoint")
+            raise CheckpointError(f"{path} names the file {name[:200]!r}, which lies outside the checkpoint")
+        if str(Path(name)) != name or name == ".":
+            raise CheckpointError(f"{path} names the file {name[:200]!r}, which is no plain path")
+    if missing := [name for name in _EVERY_ONE_HAS if name not in records]:
+        raise CheckpointError(f"{path} does not list {missing[0]}, which every checkpoint has")
     return manifest
 
 
-def verify(folder: Path, share: int = 0, shares: int = 1) -> Manifest:
-    """Read the manifest and compare the files with it; CheckpointError names the first that differs.
-
-    All sizes are compared, and the contents of every `shares`-th file: several ranks verify a checkpoint together.
-    """
+def check_sizes(folder: Path) -> Manifest:
+    """Read the manifest, compare the files' sizes with it, and look for weights that it doesn't list; CheckpointError
+    names the first that differs."""
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
         try:
             _check_size(folder, name, record["size"])
         except OSError as error:
             raise CheckpointError(f"{folder / name[:200]} can't be looked at: {error}") from None
+    for name in ("model", "optimizer"):
+        for path in sorted((folder / name).rglob("*")):
+            if path.suffix in _WEIGHTS and str(path.relative_to(folder)) not in manifest.files:
+                raise CheckpointError(f"{path} is not in the manifest, but could be read in place of what is: move it")
+    return manifest
+
+
+def verify(folder: Path, share: int = 0, shares: int = 1) -> Manifest:
+    """Compare a checkpoint with its manifest; CheckpointError names the first file that differs.
+
+    All sizes are compared, and the contents of every `shares`-th file: several ranks verify a checkpoint together.
+    """
+    manifest = check_sizes(folder)
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name]["size"], name))
-    mine = [folder / name for name in by_size[share::shares]]
+    mine = by_size[share::shares]
     with ThreadPoolExecutor(_HASHED_TOGETHER) as threads:
-        for path, found in zip(mine, threads.map(_record_or_error, mine), strict=True):
+        for name, found in zip(mine, threads.map(_record_or_error, (folder / n for n in mine)), strict=True):
             if isinstance(found, OSError):
-                raise CheckpointError(f"{path} can't be read: {found}")
-            if found["sha256"] != manifest.files[str(path.relative_to(folder))]["sha256"]:
+                raise CheckpointError(f"{folder / name} can't be read: {found}")
+            if found["sha256"] != manifest.files[name]["sha256"]:
                 raise CheckpointError(
-                    f"{path} has changed since it was written: its SHA-256 differs from the manifest's"
+                    f"{folder / name} has changed since it was written: its SHA-256 differs from the manifest's"
                 )
     return manifest
 
@@ -197,20 +215,34 @@ def newest_verified(checkpoints: Path, verify: Verify = verify) -> tuple[Path | 
     return None, skipped
 
 
+def is_step(folder: Path) -> bool:
+    """Whether the name is a checkpoint's."""
+    return _STEP.fullmatch(folder.name) is not None
+
+
 def step_of(folder: Path) -> int:
     return int(_STEP.fullmatch(folder.name)[1])
 
 
-def superfluous(checkpoints: Path, newest: Path, keep: int, keep_every: int | None = None) -> list[Path]:
+def superfluous(
+    checkpoints: Path, newest: Path, keep: int, keep_every: int | None = None, verify: Verify = check_sizes
+) -> list[Path]:
     """What retention removes once `newest`, which is whole, is there: all but the `keep` newest up to it and those of
-    every `keep_every`-th step.
+    every `keep_every`-th step. What `verify` refuses does not count as kept.
 
     Folders of later steps don't count: they are damaged, or of a run that was begun anew, and the run that goes on
     below them must not lose what it saves. It replaces them when it gets there.
     """
-    folders = all_steps(checkpoints)
-    older = folders[: folders.index(newest) + 1][:-keep]
-    return [folder for folder in older if not keep_every or step_of(folder) % keep_every]
+    folders, kept, found = all_steps(checkpoints), 0, []
+    for folder in reversed(folders[: folders.index(newest) + 1]):
+        if kept < keep:
+            with contextlib.suppress(CheckpointError):
+                if folder != newest:
+                    verify(folder)
+                kept += 1
+        elif not keep_every or step_of(folder) % keep_every:
+            found.append(folder)
+    return found[::-1]
 
 
 def remove(folder: Path) -> None:

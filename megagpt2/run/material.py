@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megagpt2.checkpoint.disk import make_folder
 from megagpt2.config import Config, ConfigError
 from megagpt2.config.rules import Plan
 from megagpt2.data.indexed import IndexedCorpus
@@ -119,7 +120,7 @@ def claim_directory(directory: Path) -> int:
     Returns the lock's file descriptor. Raises ConfigError if another process has it, or nothing can be written there.
     """
     try:
-        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        make_folder(directory / "checkpoints")
         lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ConfigError(f"run.directory: {directory} can't be written: {error}") from None

@@ -115,6 +115,8 @@ def _verify_share(folder: Path, device: torch.device) -> None:
         store.verify(folder, dist.get_rank(), dist.get_world_size())
     except store.CheckpointError as error:
         problem = str(error)
+    except Exception as error:  # the other ranks wait for what this one says
+        problem = f"{folder} can't be verified: {type(error).__name__} {error}"
     found = [text for text in gather_texts(problem, device) if text]
     if found:
         raise store.CheckpointError(found[0])
@@ -166,7 +168,7 @@ def snapshot(engine: Engine, progress: Progress, material: Material) -> Snapshot
     )
     return Snapshot(
         weight_extents(ds, grid), weight_stretches(ds, grid),
-        Slices(kinds, extents(ds, grid), (fragment.tensors for fragment in fragments(ds, grid))), state,
+        Slices(kinds, extents(ds, grid), ({k: part.tensors[k] for k in kinds} for part in fragments(ds, grid))), state,
         engine.config.model, {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision],
         partitioned=engine.config.parallel.zero_stage == 3, tokenizer_files=material.tokenizer_texts,
         end_of_text=material.tokenizer.end_of_text if material.tokenizer else None,

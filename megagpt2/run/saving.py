@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,6 @@ import torch.distributed as dist
 
 from megagpt2.checkpoint.saver import Retention, Saver
 from megagpt2.checkpoint.snapshot import Snapshot, contribution
-from megagpt2.config import Config
 from megagpt2.parallel.topology import Topology
 from megagpt2.run.material import Material
 from megagpt2.run.resume import snapshot
@@ -31,9 +32,18 @@ class RunSaving:
     saver: Saver
     engine: Engine
     material: Material
+    automatic: bool  # whether each save asks if there is room for a copy: only steps show what they take
+    peak: int = 0  # bytes of this process at most, before there was a copy
+    copied: bool = False
 
     def save(self, progress: Progress) -> None:
-        self.saver.save(snapshot(self.engine, progress, self.material))
+        began = time.perf_counter()
+        state = snapshot(self.engine, progress, self.material)
+        if self.automatic:
+            self.peak = self.peak if self.copied else memory_of_this_process("VmHWM")
+            self.saver.asynchronous = not no_room(state, self.engine.topology, self.engine.device, self.peak)
+            self.copied |= self.saver.asynchronous
+        self.saver.save(state, began)
 
     def before_update(self) -> None:
         self.saver.before_update()
@@ -55,6 +65,8 @@ class RunSaving:
         text = f"saved {outcome.folder} in {outcome.seconds:.1f} s"
         if self.saver.asynchronous:
             text += f", of which training stood still for {outcome.held:.3f} s"
+        elif self.automatic:
+            text += ", all of which training waited, as there was no room for a copy"
         if outcome.removed:
             text += f"; removed {', '.join(outcome.removed)}"
         return Saved(outcome.step, text if outcome.note is None else f"{text}; {outcome.note}", failed=False)
@@ -64,25 +76,38 @@ def build_saving(engine: Engine, material: Material, checkpoints: Path) -> tuple
     """How this run saves, and that in words. All ranks call it together."""
     config, topology = engine.config, engine.topology
     group = dist.new_group(backend="gloo") if topology.world_size > 1 else None
-    asynchronous, how = _asynchronous(config, snapshot(engine, Progress(), material), topology, engine.device)
+    problem, automatic = None, False
+    if config.checkpoint.asynchronous == "never":
+        problem = "checkpoint.asynchronous is 'never'"
+    elif config.offload.uses_nvme:
+        problem = "state on NVMe can't be copied"
+    elif config.checkpoint.asynchronous == "auto":
+        automatic, problem = True, no_room(snapshot(engine, Progress(), material), topology, engine.device)
+    how = f"while training waits, as {problem}" if problem else "while training goes on"
     retention = Retention(config.checkpoint.keep, config.checkpoint.keep_every)
-    saver = Saver(checkpoints, topology, group, asynchronous, retention, cuda=engine.device.type == "cuda")
-    return RunSaving(saver, engine, material), how
+    saver = Saver(checkpoints, topology, group, problem is None, retention, cuda=engine.device.type == "cuda")
+    return RunSaving(saver, engine, material, automatic), how
 
 
-def _asynchronous(config: Config, state: Snapshot, topology: Topology, device: torch.device) -> tuple[bool, str]:
-    wanted = config.checkpoint.asynchronous
-    if wanted == "never":
-        return False, "while training waits, as checkpoint.asynchronous is 'never'"
-    if config.offload.uses_nvme:
-        return False, "while training waits, as state on NVMe can't be copied"
-    if wanted == "auto":
-        need = _ROOM * contribution(state, topology).bytes()
-        room = free_memory() / int(os.environ.get("LOCAL_SIZE", topology.world_size))
-        if agree_any(need > room, device):
-            return False, f"while training waits, as there is no room for a copy ({need / 2**30:.1f} GiB on a rank)"
-    return True, "while training goes on"
+def no_room(state: Snapshot, topology: Topology, device: torch.device, peak: int = 0) -> str | None:
+    """Why some rank can't copy its contribution to `state`, or None: beside the copy a step must be able to make this
+    process as large as `peak` again. All ranks call it together."""
+    need = _ROOM * contribution(state, topology).bytes()
+    given_back = max(0, peak - memory_of_this_process("VmRSS"))
+    room = free_memory() / int(os.environ.get("LOCAL_SIZE", topology.world_size)) - given_back
+    if agree_any(need > room, device):
+        return f"there is no room for a copy ({need / 2**30:.1f} GiB on a rank)"
+    return None
 
+
+def memory_of_this_process(which: str) -> int:
+    """Bytes that it has now (VmRSS, without mapped files RssAnon) or had at most (VmHWM); 0 where the system doesn't
+    say."""
+    try:
+        found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    except OSError:  # another system
+        return 0
+    return 1024 * int(found[1]) if found else 0
 
 
 def free_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
@@ -169,25 +169,14 @@ class Loop:
             self.monitor.event(self.progress.step, f"samples {first} to {last - 1} were passed over (data.skip)")
         self.monitor.step(self._row(result, size, rate))
         if self._resumed_at:
-            self._compare_with_stored(result.loss)
+            self.monitor.event(self.progress.step, compared_with_stored(result.loss, self._resumed_at))
+            self._resumed_at = ()
         self.skipped = self.skipped + 1 if result.skipped else 0
         if self.skipped == _MOST_SKIPPED:
             raise RuntimeError(
                 f"the last {_MOST_SKIPPED} steps had gradients that are not finite and changed nothing: resume from an"
                 " earlier checkpoint with a smaller optimizer.learning_rate"
             )
-
-    def _compare_with_stored(self, loss: float) -> None:
-        """A first loss that jumps is the first sign of a state that was not loaded whole."""
-        losses, self._resumed_at = self._resumed_at, ()
-        spread = max(losses) - min(losses)
-        middle = sorted(losses)[len(losses) // 2]
-        far = abs(loss - middle) > max(3 * spread, 0.1 * abs(middle))
-        self.monitor.event(
-            self.progress.step,
-            f"first loss after resuming {loss:.4f}, the checkpoint's last {len(losses)} are {min(losses):.4f} to"
-            f" {max(losses):.4f}" + (": warning: that is far off. Are data and configuration the same?" if far else ""),
-        )
 
     def _tell_overflow(self, result: StepResult, samples: list[int]) -> None:
         plan, step = self.engine.plan, self.progress.step + 1
@@ -302,6 +291,17 @@ class Loop:
             start = self.valid.order.window(number).start
             total += int(self.token_bytes[self.valid.tokens[start + 1 : start + length + 1]].sum())
         return total
+
+
+def compared_with_stored(loss: float, stored: Sequence[float]) -> str:
+    """What to say of the first loss after resuming: one that jumps is the first sign of a state that was not loaded
+    whole. stored: the losses before the checkpoint."""
+    spread, middle = max(stored) - min(stored), sorted(stored)[len(stored) // 2]
+    near = abs(loss - middle) <= max(3 * spread, 0.1 * abs(middle))  # which a NaN never is
+    return (
+        f"first loss after resuming {loss:.4f}, the checkpoint's last {len(stored)} are {min(stored):.4f} to"
+        f" {max(stored):.4f}" + ("" if near else ": warning: that is far off. Are data and configuration the same?")
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from megagpt2.checkpoint import store
-from megagpt2.checkpoint.formats.huggingface import Weights
+from megagpt2.checkpoint.convert import fixed_input, logits_of
+from megagpt2.checkpoint.formats.huggingface import HuggingFace, Weights
 from megagpt2.checkpoint.shards import SliceReader
 from megagpt2.model.gpt2 import GPT2
 from megagpt2.model.layers import DenseBuilder
@@ -132,6 +133,18 @@ def test_the_same_layout_goes_on_bit_by_bit(pool, continued, layout, tmp_path):
     assert_same(Path(resumed["saved"][1]), Path(straight["saved"][1]))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_transformers_opens_what_any_layout_wrote(begun, layout):
+    """I4: its logits are ours."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(begun[layout][0][0]["saved"][1]) / "model"
+    tokens = fixed_input(small_config().model.vocabulary, small_config().model.context)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+    torch.testing.assert_close(theirs, logits_of(HuggingFace(folder), tokens), rtol=0, atol=1e-4)
+
+
 def test_bf16_checkpoints_keep_fp32_masters(pool, tmp_path):
     """model/ holds bf16; the masters beside it are fp32 and not the rounded weights; going on is bitwise, and in fp32
     the masters go on, not the rounded weights."""
@@ -153,3 +166,56 @@ def test_bf16_checkpoints_keep_fp32_masters(pool, tmp_path):
     assert {t.dtype for t in model.values()} == {torch.bfloat16}
     exact = contents(Path(run("fp32", straight["saved"][1], 0, 1, {})["saved"][0]))
     assert torch.equal(exact[name], one[f"master/{name}"])
+
+
+STATES, PRECISION = "offload.optimizer", "training.precision"
+BENEATH = {  # where and in which type state lies that training goes on to change while it is copied
+    "tp2-pp2-offload": (4, {TP: 2, PP: 2, STATES: "cpu"}),
+    "dp2-zero2-offload": (2, {ZERO: 2, STATES: "cpu"}),
+    "dp2-zero3-offload": (2, {ZERO: 3, STATES: "cpu", "offload.parameters": "cpu"}),
+    "dp2-zero2-bf16": (2, {ZERO: 2, PRECISION: "bf16"}),
+    "dp2-zero3-bf16": (2, {ZERO: 3, PRECISION: "bf16"}),
+    "dp2-zero2-fp16": (2, {ZERO: 2, PRECISION: "fp16"}),
+    "pp2-fp16": (2, {PP: 2, PRECISION: "fp16"}),
+}
+
+
+@pytest.mark.parametrize("layout", BENEATH)
+def test_a_save_holds_what_was_there_when_it_began(pool, layout, tmp_path):
+    """(What LAYOUTS has not: `begun` and `continued` save so too.)"""
+    ranks, changes = BENEATH[layout]
+
+    def run(name: str, source: str | None, steps: int) -> dict:
+        return pool.run(JOB, ranks, changes=changes, sources=[source], folder=str(tmp_path / name), steps=steps)[0][0]
+
+    first = run("first", None, 2)
+    second = run("second", first["saved"][1], 1)
+    assert_same(Path(second["saved"][0]), Path(first["saved"][1]))
+    name = "h.3.mlp.c_proj.weight"
+    trained, loaded = (contents(Path(path))[f"exp_avg/{name}"] for path in reversed(second["saved"]))
+    assert not torch.equal(trained, loaded)
+
+
+@pytest.mark.parametrize("layout", ["tp2-pp2", "dp2-tp2-sp-zero3", *(name for name in BENEATH if "pp2-o" not in name)])
+def test_training_begins_with_given_weights(pool, begun, layout, tmp_path):
+    """Masters are the weights given, in fp32, not what they are rounded to; weights are what they are rounded to;
+    moments and steps are zero. ZeRO-3's gathered copies are of these weights: the first loss is."""
+    ranks, changes = (LAYOUTS | BENEATH)[layout]
+    source = begun["one"][0][0]["saved"][1]
+    given = contents(Path(source))
+    weights = {name: tensor for name, tensor in given.items() if "/" not in name}
+
+    def run(folder: str, ranks: int, changes: dict) -> dict:
+        return pool.run(JOB, ranks, changes=changes, sources=[source], folder=str(tmp_path / folder), steps=1,
+                        weights_alone=True)[0][0]
+
+    found = run("there", ranks, changes)
+    saved = Path(found["saved"][0])
+    assert store.read_manifest(saved).step == 0
+    held = contents(saved)
+    for name, weight in weights.items():
+        assert torch.equal(held[name], weight.to(held[name].dtype)), name
+        assert torch.equal(held.get(f"master/{name}", held[name]), weight), name
+        assert not held[f"exp_avg/{name}"].any() and not held[f"exp_avg_sq/{name}"].any(), name
+    alone = run("alone", 1, {key: value for key, value in changes.items() if key == PRECISION})
+    np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5 if PRECISION not in changes else 2e-3)

@@ -156,7 +156,10 @@ def test_a_damaged_checkpoint_is_passed_over(continued):
     *_, config, file, end = continued
     damaged = checkpoint(config.run.directory, 20)
     assert f"passed over step_00000020: {file} has changed since it was written" in end.output
-    assert f"loaded {checkpoint(config.run.directory, 10)}: step 10, 40 samples seen" in end.output
+    loaded = f"loaded {checkpoint(config.run.directory, 10)}: step 10, 40 samples seen; rank 0 took 28 of 28 tensors, "
+    assert loaded in end.output
+    (first,) = (event for event in events(config.run.directory) if event.startswith("first loss after resuming"))
+    assert ", the checkpoint's last 10 are " in first and "warning" not in first
     assert steps(config.run.directory) == list(range(1, 13))
     assert store.all_steps(config.run.directory / "checkpoints") == [checkpoint(config.run.directory, 12), damaged]
 

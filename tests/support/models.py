@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt2.checkpoint.save import save_checkpoint
+from megagpt2.checkpoint.save import Ranks, save_checkpoint
 from megagpt2.checkpoint.shards import Slices
 from megagpt2.checkpoint.snapshot import Snapshot, TrainingState, contribution
 from megagpt2.config.schema import ModelConfig
@@ -64,4 +64,4 @@ def save_model(model: GPT2, config: ModelConfig, checkpoints: Path, step: int = 
     values = [parameter.detach().flatten() for parameter in model.parameters()]
     state = TrainingState(step=step, samples_seen=8 * step, updates=step)
     snapshot = Snapshot(extents, values, Slices(), state, config, dtype)
-    return save_checkpoint(checkpoints, contribution(snapshot, Topology()), Topology())
+    return save_checkpoint(checkpoints, contribution(snapshot, Topology()), Ranks(Topology()))

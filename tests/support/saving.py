@@ -1,4 +1,4 @@
-"""Saves that go wrong on one rank, as a job for the pool."""
+"""Saves that go wrong on one rank, and checkpoints that are damaged, as jobs for the pool."""
 
 from __future__ import annotations
 
@@ -7,14 +7,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 from megagpt2.checkpoint.disk import HashedFile
 from megagpt2.checkpoint.saver import Retention, Saver
+from megagpt2.config import ConfigError
 from megagpt2.run.material import Material
-from megagpt2.run.resume import load_state, snapshot
+from megagpt2.run.resume import agree_on_checkpoint, load_state, snapshot
 from megagpt2.training.loop import Progress
 from tests.support.train import small_config, start
+
+
+def choose_together(directories: list[str], resume: str, model: dict) -> list[dict]:
+    """What this rank starts from in each run.directory: the checkpoint's name, or the error; and rank 0's notes."""
+    config = small_config(**{f"model.{name}": value for name, value in model.items()})
+    material, found = SimpleNamespace(identity=lambda config: {}), []
+    for directory in directories:
+        asked = config.replace({"run.directory": directory, "checkpoint.resume": resume})
+        try:
+            loaded, notes = agree_on_checkpoint(asked, material, torch.device("cpu"))
+            found.append({"folder": loaded and loaded.folder.name, "notes": notes})
+        except ConfigError as error:
+            found.append({"error": str(error)})
+    return found
 
 
 def save_with_fault(changes: dict, folder: str, faulty: int, file: str) -> dict:

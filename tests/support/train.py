@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megagpt2.config.rules import Facts, check
 from megagpt2.config.schema import Config
@@ -163,7 +166,7 @@ def error(a: np.ndarray, b: np.ndarray) -> float:
 def save_and_go_on(changes: dict, folder: str, steps: int, load: str | None = None) -> dict:
     """Start (from a checkpoint if named), train `steps` steps, save to `folder`: losses and the checkpoint's path."""
     from megagpt2.checkpoint.load import open_checkpoint
-    from megagpt2.checkpoint.save import save_checkpoint
+    from megagpt2.checkpoint.save import Ranks, save_checkpoint
     from megagpt2.checkpoint.snapshot import contribution
     from megagpt2.run.material import Material
     from megagpt2.run.resume import load_state, snapshot
@@ -178,19 +181,22 @@ def save_and_go_on(changes: dict, folder: str, steps: int, load: str | None = No
         losses.append(result.loss)
     material = Material(SimpleNamespace(tokens=batches.tokens, manifest=None), None, None)
     mine = contribution(snapshot(engine, progress, material), engine.topology)
-    saved = save_checkpoint(Path(folder), mine, engine.topology)
+    saved = save_checkpoint(Path(folder), mine, Ranks(engine.topology))
     engine.close()
     return {"losses": losses, "saved": str(saved)}
 
 
-def go_on_from(changes: dict, sources: list[str | None], folder: str, steps: int) -> list[dict]:
-    """On one engine, for each source, a checkpoint or the seed: load it, save what was loaded, train `steps` steps and
-    save again. Losses, the numbers of this rank's samples in each step, both checkpoints' paths, and in fp32 the bytes
-    that were read and those that this rank holds."""
-    from megagpt2.checkpoint.load import open_checkpoint
+def go_on_from(
+    changes: dict, sources: list[str | None], folder: str, steps: int, weights_alone: bool = False
+) -> list[dict]:
+    """On one engine, for each source, a checkpoint (or its weights alone) or the seed: load it, save what was loaded
+    while training goes on (copied as late as may be: after the first step's passes, the update waiting for it), train
+    `steps` steps and save again. Losses, the numbers of this rank's samples in each step, both checkpoints' paths, and
+    in fp32 the bytes that were read and those that this rank holds."""
+    from megagpt2.checkpoint.load import open_checkpoint, open_weights
     from megagpt2.checkpoint.rectangles import rectangles
-    from megagpt2.checkpoint.save import save_checkpoint
-    from megagpt2.checkpoint.snapshot import contribution
+    from megagpt2.checkpoint.saver import Saver
+    from megagpt2.checkpoint.snapshot import Snapshot
     from megagpt2.run.material import Material
     from megagpt2.run.resume import load_state, snapshot
 
@@ -199,9 +205,32 @@ def go_on_from(changes: dict, sources: list[str | None], folder: str, steps: int
     material = Material(SimpleNamespace(tokens=batches.tokens, manifest=None), None, None)
     size, answers = config.batch.global_batch, []
 
-    def save(progress, name: str) -> str:
-        mine = contribution(snapshot(engine, progress, material), engine.topology)
-        return str(save_checkpoint(Path(folder) / name, mine, engine.topology))
+    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+    passes_done, copied = threading.Event(), Snapshot.copied
+
+    def copied_late(self: Snapshot) -> Snapshot:
+        passes_done.wait()
+        copy = copied(self)
+        tensors = [*copy.weight_values, *(tensor for parts in copy.slices.values for tensor in parts.values())]
+        assert sum(tensor.nbytes for tensor in tensors) == self.bytes()
+        return copy
+
+    def begin_to_save(progress, name: str) -> Saver:
+        def before_update() -> None:
+            passes_done.set()
+            saver.before_update()
+
+        saver = Saver(Path(folder) / name, engine.topology, group, asynchronous=True)
+        saver.save(snapshot(engine, progress, material))
+        step.before_update = before_update
+        return saver
+
+    def saved(saver: Saver) -> str:
+        passes_done.set()
+        outcome = saver.outcome(wait=True)
+        assert outcome.error is None and outcome.note is None, outcome
+        return str(outcome.folder)
 
     def held_bytes() -> int:
         """Of what an fp32 run holds: weights (whole, if ZeRO-3 has them gathered at the moment), and masters and two
@@ -216,20 +245,23 @@ def go_on_from(changes: dict, sources: list[str | None], folder: str, steps: int
             + 3 * real(extents(engine.deepspeed, engine.topology))
         )
 
-    for number, source in enumerate(sources):
-        loaded = open_checkpoint(Path(source), config.model) if source else None
-        progress = load_state(engine, loaded)
-        read = (loaded.bytes_read, held_bytes()) if loaded and engine.plan.precision == "fp32" else None
-        saved = [save(progress, f"{number}-loaded")]
-        losses, samples = [], []
-        for _ in range(steps):
-            micro_batches = list(batches.global_batch(progress.samples_seen, size))
-            samples.append(torch.cat([batch.samples for batch in micro_batches]).tolist())
-            result = step(iter(micro_batches), engine.plan.accumulation, 1e-3)
-            progress = progress.after(result, progress.samples_seen + size)
-            losses.append(result.loss)
-        saved.append(save(progress, f"{number}-trained"))
-        answers.append({"losses": losses, "samples": samples, "saved": saved, "read": read})
+    with patch.object(Snapshot, "copied", copied_late):
+        for number, source in enumerate(sources):
+            loaded = open_checkpoint(Path(source), config.model) if source and not weights_alone else None
+            weights = open_weights(Path(source) / "model", config.model) if weights_alone else None
+            progress = load_state(engine, loaded, weights)
+            read = (loaded.bytes_read, held_bytes()) if loaded and engine.plan.precision == "fp32" else None
+            passes_done.clear()
+            first = begin_to_save(progress, f"{number}-loaded")
+            losses, samples = [], []
+            for _ in range(steps):
+                micro_batches = list(batches.global_batch(progress.samples_seen, size))
+                samples.append(torch.cat([batch.samples for batch in micro_batches]).tolist())
+                result = step(iter(micro_batches), engine.plan.accumulation, 1e-3)
+                progress = progress.after(result, progress.samples_seen + size)
+                losses.append(result.loss)
+            paths = [saved(first), saved(begin_to_save(progress, f"{number}-trained"))]
+            answers.append({"losses": losses, "samples": samples, "saved": paths, "read": read})
     engine.close()
     return answers
 

@@ -26,7 +26,10 @@ from megagpt2.parallel.topology import Topology
 from tests.support.models import dense_model, model_config, save_model
 
 GRID = {"tensor": 1, "pipeline": 1, "data": 1}
-FILES = {"state.json": "{}", "model/config.json": '{"a": 1}', "optimizer/rank_00000.safetensors": "x" * 5000}
+FILES = {
+    "state.json": "{}", "model/config.json": '{"a": 1}', "model/model.safetensors.index.json": '{"b": 1}',
+    "optimizer/index.json": '{"c": 1}', "optimizer/rank_00000.safetensors": "x" * 5000,
+}
 
 
 def write_partial(checkpoints: Path, step: int) -> dict[str, dict]:
@@ -98,6 +101,7 @@ RECORD = {"size": 2, "sha256": "0" * 64}
         (lambda f: (f / store.MANIFEST).unlink(), "does not exist: .* not a complete checkpoint"),
         (lambda f: (f / store.MANIFEST).write_text('{"version": 2, "st'), "can't be read"),
         (lambda f: (f / store.MANIFEST).write_bytes(b"\xff\xfe"), "can't be read"),
+        (lambda f: (f / store.MANIFEST).write_text("[" * 100_000), "can't be read"),
         (lambda f: (f / store.MANIFEST).write_text("[1]"), "version None"),
         (lambda f: edit_manifest(f, version=store.VERSION + 1), "version 3, this program reads version 2"),
         (lambda f: (f / store.MANIFEST).write_text('{"version": 2, "step": 7, "topology": {}}'), "damaged.*files"),
@@ -107,6 +111,10 @@ RECORD = {"size": 2, "sha256": "0" * 64}
         (lambda f: edit_files(f, "../outside", RECORD), "'../outside', which lies outside"),
         (lambda f: edit_files(f, "model/../../outside", RECORD), "'model/../../outside', which lies outside"),
         (lambda f: edit_files(f, "/etc/passwd", RECORD), "'/etc/passwd', which lies outside"),
+        (lambda f: edit_files(f, "./state.json", RECORD), "'./state.json', which is no plain path"),
+        (lambda f: edit_files(f, "model//config.json", RECORD), "'model//config.json', which is no plain path"),
+        (lambda f: edit_files(f, "", RECORD), "'', which is no plain path"),
+        (lambda f: edit_manifest(f, files={}), "does not list state.json, which every checkpoint has"),
     ],
 )
 def test_damaged_manifests_are_named(damage, message, tmp_path):
@@ -118,6 +126,20 @@ def test_damaged_manifests_are_named(damage, message, tmp_path):
     assert str(folder / store.MANIFEST) in str(caught.value)
     newest, skipped = store.newest_verified(tmp_path / "checkpoints")
     assert newest == older and len(skipped) == 1  # whatever the damage, the older one is found
+
+
+@pytest.mark.parametrize("name", ["model/model.safetensors", "model/pytorch_model.bin", "optimizer/more/rank_9.pt"])
+def test_weights_that_were_not_written_are_not_taken_for_what_was(name, tmp_path):
+    """transformers opens model.safetensors before the index's files. What nobody opens may lie there."""
+    older, folder = write(tmp_path, 3, 7)
+    for other in ("README.md", "model/README.md"):
+        (folder / other).write_text("a note")
+    store.verify(folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    with pytest.raises(CheckpointError, match=f"{name} is not in the manifest"):
+        store.verify(folder)
+    assert store.newest_verified(tmp_path)[0] == older
 
 
 def test_newest_verified_falls_back_and_says_why(tmp_path):
@@ -172,6 +194,14 @@ def test_prune_keeps_the_newest(tmp_path):
     assert all(store.verify(folder) for folder in folders[1:])
 
 
+def test_damaged_ones_do_not_count_as_kept(tmp_path):
+    folders = write(tmp_path, 1, 2, 3, 4, 5)
+    (folders[3] / "state.json").unlink()
+    flip(folders[2] / "state.json")  # of the same size
+    assert store.superfluous(tmp_path, folders[4], 2) == folders[:2]
+    assert store.superfluous(tmp_path, folders[4], 2, verify=store.verify) == folders[:1]
+
+
 def test_prune_never_takes_what_was_just_saved_for_folders_of_later_steps(tmp_path):
     """A run that fell back below damaged folders, or began anew, saves steps that are not the highest."""
     folders = write(tmp_path, 1, 2, 3, 100, 200)
@@ -212,6 +242,12 @@ def test_a_run_that_began_elsewhere_goes_on_from_its_own(tmp_path):
     (own,) = write(tmp_path / "run", 2)
     folder, notes = choose(str(origin), tmp_path / "run")
     assert folder == own and "of its own" in notes[0]
+    shutil.rmtree(origin)  # which is not needed any more
+    assert choose(str(origin), tmp_path / "run")[0] == own
+    flip(own / "state.json")
+    write(tmp_path / "origin", 7)
+    with pytest.raises(CheckpointError, match=r"checkpoints of its own, and none can be used: step_00000002: .*state"):
+        choose(str(origin), tmp_path / "run")
 
 
 def test_choose_a_path(tmp_path):
@@ -220,6 +256,8 @@ def test_choose_a_path(tmp_path):
     with pytest.raises(CheckpointError, match="goes back to .*step_00000001.*holds step_00000002"):
         choose(str(folders[0]), tmp_path)  # of this very run: its later steps would be resumed next
     assert choose(str(folders[1]), tmp_path) == (folders[1], [])
+    (tmp_path / "latest").symlink_to(folders[1].name)
+    assert choose(str(tmp_path / "latest"), tmp_path) == (tmp_path / "latest", [])
     with pytest.raises(CheckpointError, match="step_00000003, which is not a folder"):
         choose(str(tmp_path / "step_00000003"), tmp_path)
     flip(folders[0] / "state.json")
@@ -252,7 +290,10 @@ def test_a_saved_model_comes_back_bit_by_bit(saved):
         assert torch.equal(loaded.state_of("master", whole), expected), parameter.spec.name
 
 
-@pytest.mark.parametrize("change", [{"layers": 3}, {"width": 27}, {"heads": 2}, {"vocabulary": 302}, {"norm": "post"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"layers": 3}, {"width": 27}, {"heads": 2}, {"vocabulary": 302}, {"norm": "post"}, {"layer_norm_epsilon": 0.001}],
+)
 def test_another_model_is_refused(change, saved):
     with pytest.raises(CheckpointError, match=f"{next(iter(change))} .* asks for {next(iter(change.values()))}"):
         open_checkpoint(saved, model_config(**change))
@@ -332,10 +373,11 @@ def write_layout(folder: Path, layout: list[list[tuple[Spec, int, int]]]) -> Non
     notes = []
     for rank, slices in enumerate(layout):
         path = folder / f"rank_{rank:05d}.safetensors"
-        record, note = write_slices(path, Slices.in_memory([
-            (spec, start, {k: spec.local(whole[spec.name]).flatten()[start:stop] for k, whole in KINDS.items()})
+        values = [
+            {kind: spec.local(whole[spec.name]).flatten()[start:stop] for kind, whole in KINDS.items()}
             for spec, start, stop in slices
-        ]))
+        ]
+        record, note = write_slices(path, Slices(tuple(KINDS), [Extent(*place) for place in slices], values))
         assert record == (record_of(path) if slices else None)
         notes.append(note)
     (folder / INDEX).write_text(json.dumps(index_of(notes)))
@@ -384,7 +426,7 @@ def test_absent_state_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="holds no optimizer state"):
         SliceReader(tmp_path)
     zeros = {"master": torch.zeros(spec.shape).flatten()}
-    _, note = write_slices(tmp_path / "rank_00000.safetensors", Slices.in_memory([(spec, 0, zeros)]))
+    _, note = write_slices(tmp_path / "rank_00000.safetensors", Slices(("master",), [Extent.whole(spec)], [zeros]))
     (tmp_path / INDEX).write_text(json.dumps(index_of([note])))
     reader = SliceReader(tmp_path)
     with pytest.raises(CheckpointError, match="has no exp_avg, only master"):

@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -120,6 +121,98 @@ def test_a_jobs_limit_counts_as_the_memory_that_is_free(tmp_path):
     assert free_memory(tmp_path / "fs", own) == 0
 
 
+def test_auto_asks_for_room_at_every_save(tmp_path):
+    """What steps take is not known when a run starts: it may be that there is no room any more, and again. A copy of
+    ours is not taken for a step's memory."""
+    from megagpt2.run import saving
+
+    run = saving.RunSaving(
+        saver(tmp_path), SimpleNamespace(topology=Topology(), device=torch.device("cpu")), None, automatic=True
+    )
+    need, told = snapshot(1).bytes(), []
+    sizes = {"VmRSS": 70_000, "VmHWM": 75_000}
+    with (
+        patch.object(saving, "snapshot", lambda engine, step, material: snapshot(step)),
+        patch.object(saving, "memory_of_this_process", sizes.get),
+    ):
+        for step, factor in ((1, 1.2), (2, 1.3), (3, 1.2), (4, 1.3)):
+            with patch.object(saving, "free_memory", lambda factor=factor: factor * need + 5000):
+                run.save(step)
+            told.append(run.told(wait=True).text)
+            sizes["VmHWM"] += need * (step == 2)
+    assert ["stood still" in text for text in told] == [False, True, False, True]
+    assert ["no room for a copy" in text for text in told] == [True, False, True, False]
+    assert [store.verify(folder).step for folder in store.all_steps(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_what_a_process_had_at_most_is_known():
+    from megagpt2.run.saving import memory_of_this_process
+
+    size = 3 << 26
+    before = memory_of_this_process("VmRSS")
+    block = bytearray(size)
+    block[::4096] = bytes(len(block[::4096]))
+    assert memory_of_this_process("VmRSS") > before + 0.9 * size
+    del block
+    assert memory_of_this_process("VmRSS") < before + 0.1 * size
+    assert memory_of_this_process("VmHWM") > before + 0.9 * size
+
+
+def test_a_copy_that_finds_no_memory_is_a_save_that_failed(tmp_path):
+    one = saver(tmp_path)
+    saved(one, 1)
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to\nmore")):
+        with patch.object(Snapshot, "copied", side_effect=error):
+            outcome = saved(one, 2)
+        assert "no memory for a copy of the state" in outcome.error and "more" not in outcome.error
+    assert [folder.name for folder in store.all_steps(tmp_path)] == ["step_00000001"]
+
+
+def test_old_ones_stay_where_the_new_one_is_not_what_was_written(tmp_path):
+    """A disk that lies: the newest checkpoint that verifies is not removed."""
+    one = saver(tmp_path, keep=1)
+    saved(one, 1)
+    commit = store.commit
+
+    def spoiled(*arguments):
+        folder = commit(*arguments)
+        data = bytearray((folder / "state.json").read_bytes())
+        data[5] ^= 1
+        (folder / "state.json").write_bytes(data)
+        return folder
+
+    with patch.object(store, "commit", spoiled):
+        outcome = saved(one, 2)
+    assert "could not remove old checkpoints: rank 0: " in outcome.note and "state.json has changed" in outcome.note
+    store.verify(tmp_path / "step_00000001")
+
+
+def test_a_run_that_ends_by_an_error_lets_what_is_written_become_complete(tmp_path, capsys):
+    from megagpt2.run.saving import RunSaving
+
+    run, write, begun = RunSaving(saver(tmp_path), None, None, automatic=False), HashedFile.write, threading.Event()
+
+    def slow(self, data) -> None:
+        begun.wait(60)
+        write(self, data)
+
+    with patch.object(HashedFile, "write", slow):
+        run.saver.save(snapshot(1))
+        threading.Timer(0.05, begun.set).start()
+        run.finish()
+    store.verify(tmp_path / "step_00000001")
+    assert "waiting for the checkpoint that is being written" in capsys.readouterr().err
+    run.finish()  # nothing is
+
+
+def test_one_save_at_a_time(tmp_path):
+    one = saver(tmp_path)
+    one.save(snapshot(1))
+    with pytest.raises(AssertionError, match="was not asked for"):
+        one.save(snapshot(2))
+    assert one.outcome(wait=True).error is None
+
+
 def in_child(action) -> None:
     """Do it in a process of its own, whose limits and user may change; fails where it does."""
     child = os.fork()
@@ -148,7 +241,8 @@ def test_a_full_disk(asynchronous, tmp_path):
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, most))
         outcome = saved(one, 2)
-        assert outcome.folder is None and "rank 0: [Errno 27] File too large" in outcome.error, outcome
+        assert outcome.folder is None and "rank 0: [Errno 27] File too large: '" in outcome.error, outcome
+        assert "/.step_00000002.partial/model/model-00001-of-00001.safetensors" in outcome.error
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
         assert saved(one, 3).error is None

@@ -31,6 +31,7 @@ def timed(layers: int, repetitions: int, threads: int, folder: str) -> dict[str,
     from megagpt2.checkpoint.saver import Saver
     from megagpt2.run.material import Material
     from megagpt2.run.resume import load_state, snapshot
+    from megagpt2.run.saving import RunSaving
     from megagpt2.training.loop import Progress
     from tests.support.train import start
 
@@ -39,6 +40,7 @@ def timed(layers: int, repetitions: int, threads: int, folder: str) -> dict[str,
     load_state(engine, None)
     material = Material(SimpleNamespace(tokens=batches.tokens, manifest=None), None, None)
     saver = Saver(Path(folder) / "checkpoints", engine.topology, None, asynchronous=True)
+    saving = RunSaving(saver, engine, material, automatic=True)
     step.before_update = saver.before_update
     size, number = engine.config.batch.global_batch, 0
     found: dict[str, list[float]] = {name: [] for name in ("step", "torch.save", "stall", "complete", "lost", "bytes")}
@@ -62,17 +64,16 @@ def timed(layers: int, repetitions: int, threads: int, folder: str) -> dict[str,
         found["step"].append(statistics.median(usual))
         found["torch.save"].append(blocking())
         one_step()
-        state = snapshot(engine, Progress(number), material)
-        saver.save(state)
+        saving.save(Progress(number))
         during, outcome = [], None
         while outcome is None:
             during.append(one_step())
             outcome = saver.outcome()
-        assert outcome.error is None, outcome.error
+        assert outcome.error is None and saver.asynchronous, outcome.error
         found["stall"].append(outcome.held)
         found["complete"].append(outcome.seconds)
         found["lost"].append(max(sum(during) - len(during) * statistics.median(usual), 1e-9))
-        found["bytes"].append(state.bytes())
+        found["bytes"].append(snapshot(engine, Progress(number), material).bytes())
         shutil.rmtree(outcome.folder)
     engine.close()
     return found
