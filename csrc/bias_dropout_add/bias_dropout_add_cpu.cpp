@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/pairs.h"
+#include "common/past_caches.h"
 #include "common/sums_over_rows.h"
 #include "dropout/row_bits.h"
 
@@ -23,16 +24,19 @@ Tensor bias_dropout_add_cpu(
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(residual_row<T>);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool past = past_caches(3 * rows * row_bytes, data<T>(z), row_bytes);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+      const Fence fence(past);
       RowBits bits(dropout.rows);
       for (int64_t row = begin; row < end; ++row) {
         const T *inputs = data<T>(from) + row * width, *skip = data<T>(stream) + row * width;
         T* sums = mutable_data<T>(z) + row * width;
         bits.for_each_piece(
-            row, width, {inputs, skip, sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
+            row, width, {inputs, skip, past ? nullptr : sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
               forward(
                   inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
-                  sums + at, n);
+                  sums + at, past, n);
             });
       }
     });
@@ -47,17 +51,25 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
   const Tensor gradients = packed(dz);
   Tensor dx = samples ? empty_contiguous_like(dz) : empty(dz, {0});
   SumsOverRows sums(rows, width);
-  with_type(dz.scalar_type(), [&, width = width](auto element) {
+  with_type(dz.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(residual_backward_row<T>);
-    const auto make_bits = [&] { return RowBits(dropout.rows); };
-    sums.run(make_bits, [&](RowBits& bits, int64_t first, int64_t count, float* d_bias) {
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool past = samples && past_caches(2 * rows * row_bytes, data<T>(dx), row_bytes);
+    struct Task {
+      RowBits bits;
+      Fence fence;
+    };
+    const auto make_task = [&] { return Task{RowBits(dropout.rows), Fence(past)}; };
+    sums.run(make_task, [&](Task& task, int64_t first, int64_t count, float* d_bias) {
       for (int64_t row = first; row < first + count; ++row) {
         const T* from = data<T>(gradients) + row * width;
         T* to = samples ? mutable_data<T>(dx) + row * width : nullptr;
-        bits.for_each_piece(row, width, {from, to}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
+        const T* fetched = past ? nullptr : to;
+        task.bits.for_each_piece(row, width, {from, fetched}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
           backward(
-              from + at, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? to + at : nullptr, d_bias + at, n);
+              from + at, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? to + at : nullptr, past,
+              d_bias + at, n);
         });
       }
     });

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "common/past_caches.h"
 #include "common/sums_over_rows.h"
 
 #define MEGAGPT2_LOOPS "bias_gelu/bias_gelu_loops.h"
@@ -17,9 +18,12 @@ Tensor bias_gelu_cpu(Tensor x, Tensor bias) {
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(bias_gelu_rows<T>);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool past = past_caches(2 * rows * row_bytes, data<T>(y), row_bytes);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+      const Fence fence(past);
       const int64_t at = begin * width;
-      forward(data<T>(from) + at, data<float>(biases), mutable_data<T>(y) + at, end - begin, width);
+      forward(data<T>(from) + at, data<float>(biases), mutable_data<T>(y) + at, past, end - begin, width);
     });
   });
   return y;
@@ -32,14 +36,16 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor dy, Tensor x, Tensor bi
   const Tensor inputs = packed(x), gradients = packed(dy), biases = as_floats(bias);
   Tensor dx = empty_contiguous_like(x);
   SumsOverRows sums(rows, width);
-  with_type(x.scalar_type(), [&, width = width](auto element) {
+  with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(bias_gelu_backward_rows<T>);
-    sums.run([] { return 0; }, [&](int, int64_t row, int64_t count, float* d_bias) {
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool past = past_caches(3 * rows * row_bytes, data<T>(dx), row_bytes);
+    sums.run([&] { return Fence(past); }, [&](Fence&, int64_t row, int64_t count, float* d_bias) {
       const int64_t at = row * width;
       backward(
-          data<T>(gradients) + at, data<T>(inputs) + at, data<float>(biases), mutable_data<T>(dx) + at, d_bias, count,
-          width);
+          data<T>(gradients) + at, data<T>(inputs) + at, data<float>(biases), mutable_data<T>(dx) + at, past, d_bias,
+          count, width);
     });
   });
   return {dx, sums.of(0, width, x)};

@@ -10,20 +10,25 @@ static inline Float gelu_slope(Float h) {
   return choose(h < -10.0f, Float{}, slope);
 }
 
-template <typename T>
-void bias_gelu_rows(const T* x, const float* bias, T* y, int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; ++r, x += n, y += n) {
+template <typename T, typename To>
+static inline void bias_gelu_rows_to(To y, const T* x, const float* bias, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r, x += n, y = y + n) {
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) store_clean(y + i, gelu(load(x + i) + load(bias + i)));
     if (i < n) store(y + i, gelu(load(x + i, n - i) + load(bias + i, n - i)), n - i);
   }
 }
 
-// d_bias [width]: added to.
+// past, here and below: the result is written past the caches.
 template <typename T>
-void bias_gelu_backward_rows(
-    const T* dy, const T* x, const float* bias, T* dx, float* d_bias, int64_t rows, int64_t n) {
-  for (int64_t r = 0; r < rows; ++r, x += n, dy += n, dx += n) {
+void bias_gelu_rows(const T* x, const float* bias, T* y, bool past, int64_t rows, int64_t n) {
+  past ? bias_gelu_rows_to(Past<T>{y}, x, bias, rows, n) : bias_gelu_rows_to(y, x, bias, rows, n);
+}
+
+template <typename T, typename To>
+static inline void bias_gelu_backward_rows_to(
+    To dx, const T* dy, const T* x, const float* bias, float* d_bias, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r, x += n, dy += n, dx = dx + n) {
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) {
       const Float d = load(dy + i) * gelu_slope(load(x + i) + load(bias + i));
@@ -37,4 +42,12 @@ void bias_gelu_backward_rows(
       store(d_bias + i, load(d_bias + i, left) + d, left);
     }
   }
+}
+
+// d_bias [width]: added to.
+template <typename T>
+void bias_gelu_backward_rows(
+    const T* dy, const T* x, const float* bias, T* dx, bool past, float* d_bias, int64_t rows, int64_t n) {
+  past ? bias_gelu_backward_rows_to(Past<T>{dx}, dy, x, bias, d_bias, rows, n)
+       : bias_gelu_backward_rows_to(dx, dy, x, bias, d_bias, rows, n);
 }

@@ -7,9 +7,9 @@ static inline Float dropped(Float x, Word drawn, uint32_t threshold, float scale
 }
 
 // bias: n floats in the order of pairs of T, zeros where there is none.
-template <typename T>
-static inline void residual_row(
-    const T* x, const float* bias, const T* residual, const uint16_t* drawn, uint32_t threshold, float scale, T* z,
+template <typename T, typename To>
+static inline void residual_row_to(
+    To z, const T* x, const float* bias, const T* residual, const uint16_t* drawn, uint32_t threshold, float scale,
     int64_t n) {
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
@@ -29,11 +29,18 @@ static inline void residual_row(
   }
 }
 
-// dx = dropout(dz), and d_bias [n], in the order of pairs of T, grows by it. Without drawn bits dx is dz, and is not
-// written: it may be null.
+// past, here and below: the result is written past the caches.
 template <typename T>
-static inline void residual_backward_row(
-    const T* dz, const uint16_t* drawn, uint32_t threshold, float scale, T* dx, float* d_bias, int64_t n) {
+static inline void residual_row(
+    const T* x, const float* bias, const T* residual, const uint16_t* drawn, uint32_t threshold, float scale, T* z,
+    bool past, int64_t n) {
+  past ? residual_row_to(Past<T>{z}, x, bias, residual, drawn, threshold, scale, n)
+       : residual_row_to(z, x, bias, residual, drawn, threshold, scale, n);
+}
+
+template <typename T, typename To>
+static inline void residual_backward_row_to(
+    To dx, const T* dz, const uint16_t* drawn, uint32_t threshold, float scale, float* d_bias, int64_t n) {
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
     Pair d = load_pair(dz + i);
@@ -54,4 +61,13 @@ static inline void residual_backward_row(
     }
     store(d_bias + i, load(d_bias + i, left) + d, left);
   }
+}
+
+// dx = dropout(dz), and d_bias [n], in the order of pairs of T, grows by it. Without drawn bits dx is dz, and is not
+// written: it may be null.
+template <typename T>
+static inline void residual_backward_row(
+    const T* dz, const uint16_t* drawn, uint32_t threshold, float scale, T* dx, bool past, float* d_bias, int64_t n) {
+  past ? residual_backward_row_to(Past<T>{dx}, dz, drawn, threshold, scale, d_bias, n)
+       : residual_backward_row_to(dx, dz, drawn, threshold, scale, d_bias, n);
 }

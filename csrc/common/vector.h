@@ -194,6 +194,57 @@ static inline void fetch_pair(const T* p) {
   for (int64_t i = 0; i < kPair; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
 }
 
+// A place to write to past the caches, for what would not stay in them: a line that is written so, whole, is not read
+// before. `at` must be at the beginning of a vector of T's in memory. See past_caches.h.
+template <typename T>
+struct Past {
+  T* at;
+};
+template <typename T>
+static inline Past<T> operator+(Past<T> p, int64_t i) {
+  return {p.at + i};
+}
+template <typename T>
+static inline void put_past(T* p, const T* part) {
+#if MEGAGPT2_WIDTH == 16
+  if (sizeof(T) == 4) return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(part));
+#endif
+#if MEGAGPT2_WIDTH >= 8
+  if (sizeof(T) * kWidth == 32) return _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)part));
+#endif
+#ifdef MEGAGPT2_X86
+  if (sizeof(T) * kWidth == 16) return _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)part));
+#endif
+  __builtin_memcpy(p, part, sizeof(T) * kWidth);
+}
+template <typename T>
+static inline void store(Past<T> p, Float x) {
+  alignas(64) T part[kWidth];
+  store(part, x);
+  put_past(p.at, part);
+}
+template <typename T>
+static inline void store_clean(Past<T> p, Float x) {
+  alignas(64) T part[kWidth];
+  store_clean(part, x);
+  put_past(p.at, part);
+}
+template <typename T>
+static inline void store_clean(Past<T> p, Pair x) {
+  alignas(64) T part[kPair];
+  store_clean(part, x);
+  put_past(p.at, part);
+  put_past(p.at + kWidth, part + kWidth);
+}
+template <typename T>
+static inline void store(Past<T> p, Float x, int64_t n) {
+  store(p.at, x, n);
+}
+template <typename T>
+static inline void fetch(Past<T>, int64_t) {}
+template <typename T>
+static inline void fetch_pair(Past<T>) {}
+
 // The 16 random bits of each element.
 static inline Word load_drawn(const uint16_t* p) { return widen(p); }
 static inline Word load_drawn(const uint16_t* p, int64_t n) {

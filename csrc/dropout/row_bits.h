@@ -29,14 +29,14 @@ class RowBits {
 
   // Calls piece(offset, drawn, n) for the pieces that make up a row of `width` elements; `drawn`, the bits of the n
   // elements at `offset`, are null where nothing is dropped. While a piece's bits are drawn, the piece of each of `rows`
-  // is fetched: the rounds take about as long as the memory does.
+  // that is not null is fetched: the rounds take about as long as the memory does.
   template <typename T, typename Piece>
   void for_each_piece(int64_t row, int64_t width, std::initializer_list<const T*> rows, const Piece& piece) {
     if (!dropout_.samples) return piece(int64_t{0}, static_cast<const uint16_t*>(nullptr), width);
     for (int64_t i = 0; i < width; i += kPiece) {
       const int64_t n = std::min(kPiece, width - i);
       for (const T* p : rows)
-        for (int64_t j = 0; j < n; j += kCacheLine / sizeof(T)) __builtin_prefetch(p + i + j);
+        for (int64_t j = 0; p && j < n; j += kCacheLine / sizeof(T)) __builtin_prefetch(p + i + j);
       piece(i, draw_row(dropout_, row, i, n, bits_), n);
     }
   }

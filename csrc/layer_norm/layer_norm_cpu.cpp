@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/pairs.h"
+#include "common/past_caches.h"
 #include "common/sums_over_rows.h"
 
 #define MEGAGPT2_LOOPS "layer_norm/layer_norm_loops.h"
@@ -25,10 +26,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tenso
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(forward_rows<T>);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool past = past_caches(2 * rows * row_bytes, data<T>(y), row_bytes);
     torch::stable::parallel_for(0, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
+      const Fence fence(past);
       Buffer<float> buffer = row_buffer(width);
       forward(
-          data<T>(from) + begin * width, mutable_data<T>(y) + begin * width, mutable_data<float>(mean) + begin,
+          data<T>(from) + begin * width, mutable_data<T>(y) + begin * width, past, mutable_data<float>(mean) + begin,
           mutable_data<float>(rstd) + begin, data<float>(weights), data<float>(biases), end - begin, width,
           static_cast<float>(epsilon), buffer.data());
     });
@@ -44,16 +48,22 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   Tensor dx = empty_contiguous_like(x);
   const Tensor weights = as_floats(weight);
   SumsOverRows sums(rows, 2 * width);
-  with_type(x.scalar_type(), [&, width = width](auto element) {
+  with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(backward_rows<T>);
-    const auto make_buffer = [width] { return row_buffer(width); };
-    sums.run(make_buffer, [&](Buffer<float>& buffer, int64_t row, int64_t count, float* part) {
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool past = past_caches((dz ? 4 : 3) * rows * row_bytes, data<T>(dx), row_bytes);
+    struct Task {
+      Buffer<float> buffer;
+      Fence fence;
+    };
+    const auto make_task = [&] { return Task{row_buffer(width), Fence(past)}; };
+    sums.run(make_task, [&](Task& task, int64_t row, int64_t count, float* part) {
       const int64_t at = row * width;
       backward(
           data<T>(gradients) + at, data<T>(inputs) + at, dz ? data<T>(residual) + at : nullptr, data<float>(mean) + row,
-          data<float>(rstd) + row, data<float>(weights), mutable_data<T>(dx) + at, part, part + width, count, width,
-          buffer.data());
+          data<float>(rstd) + row, data<float>(weights), mutable_data<T>(dx) + at, past, part, part + width, count,
+          width, task.buffer.data());
     });
   });
   return {dx, sums.of(0, width, x), sums.of(width, width, x)};

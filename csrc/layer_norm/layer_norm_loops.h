@@ -31,9 +31,9 @@ static inline Float affine(Float x, float mean, float rstd, Float weight, Float 
 }
 
 // Meanwhile the row at `next` is fetched.
-template <typename T>
+template <typename T, typename To>
 static inline void normalize(
-    const float* row, const T* next, T* y, const float* weight, const float* bias, float mean, float rstd, int64_t n) {
+    const float* row, const T* next, To y, const float* weight, const float* bias, float mean, float rstd, int64_t n) {
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
     fetch_pair(next + i);
@@ -47,12 +47,12 @@ static inline void normalize(
   }
 }
 
-template <typename T>
-void forward_rows(
-    const T* x, T* y, float* mean, float* rstd, const float* weight, const float* bias, int64_t rows, int64_t n,
+template <typename T, typename To>
+static inline void forward_rows_to(
+    To y, const T* x, float* mean, float* rstd, const float* weight, const float* bias, int64_t rows, int64_t n,
     float epsilon, float* buffer) {
   epsilon = clean(epsilon);
-  for (int64_t r = 0; r < rows; ++r, x += n, y += n) {
+  for (int64_t r = 0; r < rows; ++r, x += n, y = y + n) {
     Float totals[4] = {};
     int64_t i = 0;
     const auto take = [&](Float* total) {
@@ -79,6 +79,18 @@ void forward_rows(
   }
 }
 
+// past: y is written past the caches.
+template <typename T>
+void forward_rows(
+    const T* x, T* y, bool past, float* mean, float* rstd, const float* weight, const float* bias, int64_t rows,
+    int64_t n, float epsilon, float* buffer) {
+  if (past) {
+    forward_rows_to(Past<T>{y}, x, mean, rstd, weight, bias, rows, n, epsilon, buffer);
+  } else {
+    forward_rows_to(y, x, mean, rstd, weight, bias, rows, n, epsilon, buffer);
+  }
+}
+
 // One vector of the backward pass: what comes of x and dy, on the way to dx.
 struct BackwardSums {
   Float gradient = {}, product = {};  // of dy * weight, and of that times the normalized x
@@ -96,13 +108,13 @@ static inline void backward_vector(
 // d_weight, d_bias [width]: added to. dz [rows, width] or null: added to dx.
 //
 //     dx = rstd (g - mean(g) - xhat mean(g xhat)) + dz      g = dy weight     d weight = sum dy xhat     d bias = sum dy
-template <typename T>
-void backward_rows(
-    const T* dy, const T* x, const T* dz, const float* mean, const float* rstd, const float* weight, T* dx,
+template <typename T, typename To>
+static inline void backward_rows_to(
+    To dx, const T* dy, const T* x, const T* dz, const float* mean, const float* rstd, const float* weight,
     float* d_weight, float* d_bias, int64_t rows, int64_t n, float* buffer) {
   float* normalized = buffer;
   float* gradient = buffer + (n + kWidth - 1) / kWidth * kWidth;
-  for (int64_t r = 0; r < rows; ++r, x += n, dy += n, dx += n) {
+  for (int64_t r = 0; r < rows; ++r, x += n, dy += n, dx = dx + n) {
     BackwardSums sums[2];
     int64_t i = 0;
     for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
@@ -140,5 +152,17 @@ void backward_rows(
       }
     }
     if (dz) dz += n;
+  }
+}
+
+// past: dx is written past the caches.
+template <typename T>
+void backward_rows(
+    const T* dy, const T* x, const T* dz, const float* mean, const float* rstd, const float* weight, T* dx, bool past,
+    float* d_weight, float* d_bias, int64_t rows, int64_t n, float* buffer) {
+  if (past) {
+    backward_rows_to(Past<T>{dx}, dy, x, dz, mean, rstd, weight, d_weight, d_bias, rows, n, buffer);
+  } else {
+    backward_rows_to(dx, dy, x, dz, mean, rstd, weight, d_weight, d_bias, rows, n, buffer);
   }
 }

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/pairs.h"
+#include "common/past_caches.h"
 #include "common/sums_over_rows.h"
 #include "dropout/row_bits.h"
 #include "layer_norm/layer_norm.h"
@@ -28,7 +29,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
     using T = decltype(element);
     const auto add = MEGAGPT2_VARIANT(residual_row<T>);
     const auto normalize = MEGAGPT2_VARIANT(forward_rows<T>);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool past = past_caches(4 * rows * row_bytes, data<T>(y), row_bytes);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
+      const Fence fence(past);
       Buffer<float> buffer = row_buffer(width);
       RowBits bits(dropout.rows);
       for (int64_t row = begin; row < end; ++row) {
@@ -37,10 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
         bits.for_each_piece(
             row, width, {inputs, skip, sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
               add(inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
-                  sums + at, n);
+                  sums + at, false, n);  // which is read again at once
             });
         normalize(
-            sums, mutable_data<T>(y) + row * width, mutable_data<float>(mean) + row, mutable_data<float>(rstd) + row,
+            sums, mutable_data<T>(y) + row * width, past, mutable_data<float>(mean) + row, mutable_data<float>(rstd) + row,
             data<float>(weights), data<float>(norm_biases), 1, width, static_cast<float>(epsilon), buffer.data());
       }
     });
@@ -56,25 +60,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
   const Tensor sums = packed(z), gradients = packed(dy), stream = dz ? packed(*dz) : sums, weights = as_floats(weight);
   Tensor d_residual = empty_contiguous_like(z), dx = samples ? empty_contiguous_like(z) : empty(z, {0});
   SumsOverRows columns(rows, 3 * width);
-  with_type(z.scalar_type(), [&, width = width](auto element) {
+  with_type(z.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto normalize = MEGAGPT2_VARIANT(backward_rows<T>);
     const auto add = MEGAGPT2_VARIANT(residual_backward_row<T>);
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+    const bool past = samples && past_caches((dz ? 5 : 4) * rows * row_bytes, data<T>(dx), row_bytes);
     struct Task {
       Buffer<float> buffer;
       RowBits bits;
+      Fence fence;
     };
-    const auto make_task = [&] { return Task{row_buffer(width), RowBits(dropout.rows)}; };
+    const auto make_task = [&] { return Task{row_buffer(width), RowBits(dropout.rows), Fence(past)}; };
     columns.run(make_task, [&](Task& task, int64_t first, int64_t count, float* part) {
       for (int64_t row = first; row < first + count; ++row) {
         const int64_t at = row * width;
         T* to = mutable_data<T>(d_residual) + at;
         normalize(
             data<T>(gradients) + at, data<T>(sums) + at, dz ? data<T>(stream) + at : nullptr, data<float>(mean) + row,
-            data<float>(rstd) + row, data<float>(weights), to, part, part + width, 1, width, task.buffer.data());
+            data<float>(rstd) + row, data<float>(weights), to, false, part, part + width, 1, width, task.buffer.data());
         T* dropped = samples ? mutable_data<T>(dx) + at : nullptr;
-        task.bits.for_each_piece(row, width, {dropped}, [&](int64_t i, const uint16_t* drawn, int64_t n) {
-          add(to + i, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? dropped + i : nullptr,
+        const T* fetched = past ? nullptr : dropped;
+        task.bits.for_each_piece(row, width, {fetched}, [&](int64_t i, const uint16_t* drawn, int64_t n) {
+          add(to + i, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? dropped + i : nullptr, past,
               part + 2 * width + i, n);
         });
       }

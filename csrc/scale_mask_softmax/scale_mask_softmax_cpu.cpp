@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/buffer.h"
+#include "common/past_caches.h"
 #include "dropout/row_bits.h"
 
 #define MEGAGPT2_LOOPS "scale_mask_softmax/scale_mask_softmax_loops.h"
@@ -63,6 +64,7 @@ struct Buffers {
   Buffer<float> row;
   Buffer<uint16_t> bits;
   std::vector<uint8_t> flags;
+  Fence fence;
 };
 
 template <typename T>
@@ -74,8 +76,10 @@ void forward(
   T *results = mutable_data<T>(y), *undropped = mutable_data<T>(weights);
   const uint8_t* flags = mask ? data<uint8_t>(*mask) : nullptr;
   const Strides from = strides_of(scores), masks = mask ? strides_of(*mask) : Strides{};
+  const int64_t row_bytes = shape.key * static_cast<int64_t>(sizeof(T));
+  const bool past = past_caches(2 * shape.rows() * row_bytes, results, row_bytes);
   const auto make_buffers = [&] {
-    return Buffers{Buffer<float>(shape.key + kMostLanes), room_for(dropout), {}};
+    return Buffers{Buffer<float>(shape.key + kMostLanes), room_for(dropout), {}, Fence(past)};
   };
   for_each_row(shape, make_buffers, [&](int64_t number, int64_t b, int64_t h, int64_t q, Buffers& buffers) {
     const int64_t n = shape.visible(q), at = number * shape.key;
@@ -84,7 +88,7 @@ void forward(
     const WeightDropout drop = draw(dropout, number, n, buffers.bits);
     const T* row = x + from.row(b, h, q);
     forward_row(
-        row, row + from.query, hidden, results + at, drop.drawn ? undropped + at : nullptr, n, shape.key, exponent,
+        row, row + from.query, hidden, results + at, past, drop.drawn ? undropped + at : nullptr, n, shape.key, exponent,
         buffers.row.data(), drop);
   });
 }
@@ -97,12 +101,18 @@ void backward(
   const T *gradients = data<T>(dy), *p = data<T>(weights);
   T* results = mutable_data<T>(dx);
   const Strides from = strides_of(dy), kept = strides_of(weights);
-  const auto make_room = [&] { return room_for(dropout); };
-  for_each_row(shape, make_room, [&](int64_t number, int64_t b, int64_t h, int64_t q, Buffer<uint16_t>& bits) {
+  const int64_t row_bytes = shape.key * static_cast<int64_t>(sizeof(T));
+  const bool past = past_caches(3 * shape.rows() * row_bytes, results, row_bytes);
+  struct Task {
+    Buffer<uint16_t> bits;
+    Fence fence;
+  };
+  const auto make_task = [&] { return Task{room_for(dropout), Fence(past)}; };
+  for_each_row(shape, make_task, [&](int64_t number, int64_t b, int64_t h, int64_t q, Task& task) {
     const int64_t n = shape.visible(q);
     backward_row(
-        gradients + from.row(b, h, q), p + kept.row(b, h, q), results + number * shape.key, n, shape.key, scale,
-        draw(dropout, number, n, bits));
+        gradients + from.row(b, h, q), p + kept.row(b, h, q), results + number * shape.key, past, n, shape.key,
+        scale, draw(dropout, number, n, task.bits));
   });
 }
 

@@ -64,6 +64,18 @@ static inline float exponentials(
   return sum(totals[0]);
 }
 
+// The same past the caches, where nothing is dropped: y [key] = buffer * inverse, and 0 from n on, in whole vectors.
+template <typename T>
+static inline void normalize_past(const float* buffer, Past<T> y, int64_t n, int64_t key, float inverse) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store_clean(y + i, load(buffer + i) * inverse);
+  if (i < n) {
+    store_clean(y + i, choose(first_lanes(n - i), load(buffer + i) * inverse, Float{}));
+    i += kWidth;
+  }
+  for (; i < key; i += kWidth) store_clean(y + i, Float{});
+}
+
 // weights = buffer * inverse, and y what dropout leaves of them; one of both where nothing is dropped.
 template <typename T>
 static inline void normalize(
@@ -89,10 +101,10 @@ static inline bool all_hidden(const uint8_t* hidden, int64_t n) {
   return true;
 }
 
-// next: where the next row probably is. hidden: `key` flags, or null.
+// next: where the next row probably is. hidden: `key` flags, or null. past: y is written past the caches, if it can be.
 template <typename T>
 void forward_row(
-    const T* x, const T* next, const uint8_t* hidden, T* y, T* weights, int64_t n, int64_t key,
+    const T* x, const T* next, const uint8_t* hidden, T* y, bool past, T* weights, int64_t n, int64_t key,
     Exponent exponent, float* buffer, WeightDropout dropout) {
   const float sign = exponent.sign;
   const Factor size = {exponent.size, exponent.rest, -126.4f / exponent.size};
@@ -102,6 +114,7 @@ void forward_row(
     const float total = hidden ? exponentials<true>(x, next, hidden, n, sign, size, most, buffer)
                                : exponentials<false>(x, next, hidden, n, sign, size, most, buffer);
     const float inverse = 1.0f / total;
+    if (past && !hidden && !dropout.drawn) return normalize_past(buffer, Past<T>{y}, n, key, inverse);
     normalize(buffer, y, weights, n, inverse, dropout);
     if (hidden && !(inverse < __builtin_inff())) {  // the row is NaN: what is hidden stays 0
       for (int64_t i = 0; i < n; ++i) {
@@ -124,9 +137,10 @@ static inline Float upstream(const T* dy, Float p, int64_t i, int64_t left, cons
   return choose(drawn >= dropout.threshold, g * dropout.scale, Float{});
 }
 
-//     dx = scale p (g - sum(g p))
+//     dx = scale p (g - sum(g p))      past: dx is written past the caches
 template <typename T>
-void backward_row(const T* dy, const T* weights, T* dx, int64_t n, int64_t key, float scale, WeightDropout dropout) {
+void backward_row(
+    const T* dy, const T* weights, T* dx, bool past, int64_t n, int64_t key, float scale, WeightDropout dropout) {
   Float totals[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
@@ -143,12 +157,23 @@ void backward_row(const T* dy, const T* weights, T* dx, int64_t n, int64_t key, 
   }
   const float product = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
   const bool finite = product - product == 0.0f;  // else 0 weights need care: 0 times infinity is NaN
-  for (i = 0; i < n; i += kWidth) {
-    const int64_t left = at_most_a_vector(n - i);
-    const Float p = left == kWidth ? load(weights + i) : load(weights + i, left);
-    Float d = (upstream(dy, p, i, left, dropout) - product) * p * scale;
-    if (!finite) d = choose(p == 0.0f, Float{}, d);
-    left == kWidth ? store(dx + i, d) : store(dx + i, d, left);
+  const auto gradient = [&](int64_t at, int64_t left) {
+    const Float p = left == kWidth ? load(weights + at) : load(weights + at, left);
+    const Float d = (upstream(dy, p, at, left, dropout) - product) * p * scale;
+    return finite ? d : choose(p == 0.0f, Float{}, d);
+  };
+  i = 0;
+  if (past) {
+    const Past<T> to{dx};
+    for (; i + kWidth <= n; i += kWidth) store(to + i, gradient(i, kWidth));
+    if (i < n) {
+      store(to + i, choose(first_lanes(n - i), gradient(i, n - i), Float{}));
+      i += kWidth;
+    }
+    for (; i < key; i += kWidth) store(to + i, Float{});
+    return;
   }
+  for (; i + kWidth <= n; i += kWidth) store(dx + i, gradient(i, kWidth));
+  if (i < n) store(dx + i, gradient(i, n - i), n - i);
   zero(dx + n, key - n);
 }

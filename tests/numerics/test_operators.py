@@ -39,6 +39,23 @@ def test_every_set_of_vector_instructions_is_as_exact(instructions):
 
 
 @compiled
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+def test_what_is_written_past_the_caches_is_the_same(instructions):
+    """Large tensors are: here all are that can be."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-m", "tests.support.operators", "bits"], capture_output=True, text=True, timeout=200,
+            env=os.environ | {"MEGAGPT2_CPU": instructions, "OMP_NUM_THREADS": "2", "MEGAGPT2_LAST_CACHE": size},
+        )
+        for size in ("0", str(2**40))
+    ]
+    if found[0].returncode and "which this processor has not" in found[0].stderr and instructions != "portable":
+        pytest.skip(f"this processor has no {instructions}")
+    assert len(found[0].stdout) == 65, found[0].stderr
+    assert found[0].stdout == found[1].stdout
+
+
+@compiled
 @pytest.mark.parametrize("name", PLAIN)
 def test_sums_over_many_rows_are_as_exact_as_torchs(name):
     """Where a sum one after the other had lost two digits: torch's own adds halves of halves."""

@@ -1,11 +1,14 @@
 """Every operator with a gradient as a function of tensors, beside its reference: for what all of them must do.
 
-Run as a program it compares them with float64 on the vector instructions of MEGAGPT2_CPU.
+Run as a program it compares them with float64 on the vector instructions of MEGAGPT2_CPU; with the argument `bits` it
+prints a hash of everything that they compute.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +92,21 @@ def compare_nans(operator: Operator, dtype: torch.dtype, bits: int) -> None:
             assert torch.equal(one.isnan(), other.isnan()), f"{operator.name} {dtype} {bits:04x} in input {number}"
 
 
+def all_bits() -> str:
+    """Of results and gradients, also of shapes whose rows fill cache lines."""
+    digest = hashlib.sha256()
+    for rows, width in (*sizes(), (3, 64), (5, 96), (70, 160), (33, 1024)):
+        for probability in (0.0, 0.3):
+            for operator in operators(rows, width, probability):
+                for dtype in TYPES:
+                    inputs = operator.inputs(dtype)
+                    with torch.no_grad():
+                        dy = torch.randn(operator.reference(*inputs).shape).to(dtype)
+                    for tensor in with_gradients(operator.ours, inputs, dy):
+                        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def sizes() -> Iterator[tuple[int, int]]:
     """Rows and widths: every tail of a vector, and some vectors together."""
     yield from ((3, width) for width in range(1, 36))
@@ -97,6 +115,9 @@ def sizes() -> Iterator[tuple[int, int]]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
+    if sys.argv[1:] == ["bits"]:
+        print(all_bits())
+        sys.exit()
     for rows, width in sizes():
         for probability in (0.0, 0.3):
             for operator in operators(rows, width, probability):

@@ -365,6 +365,7 @@ def most_held(action: Callable[[], int]) -> int:
     if not child:
         code = 1
         try:
+            torch.set_num_threads(1)  # the parent's threads are not here, and libgomp would wait for them
             ctypes.CDLL(None).malloc_trim(0)  # what the parent had and freed would be used first
             done, before, most = threading.Event(), memory_of_this_process("RssAnon"), [0]
 
