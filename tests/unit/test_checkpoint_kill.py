@@ -190,8 +190,14 @@ def save_together(rank: int, grid: Topology, checkpoints: Path, port: int, name:
         save(checkpoints, 30, grid.place_of(rank))
 
 
-@pytest.mark.parametrize("faulty", [0, 1])
-@pytest.mark.parametrize("grid", [Topology(tensor=2), Topology(data=2)], ids=["tp2", "dp2"])
+@pytest.mark.parametrize(
+    ("grid", "faulty"),
+    [
+        pytest.param(Topology(tensor=2), 0, id="tp2-0", marks=pytest.mark.slow),
+        pytest.param(Topology(tensor=2), 1, id="tp2-1"), pytest.param(Topology(data=2), 0, id="dp2-0"),
+        pytest.param(Topology(data=2), 1, id="dp2-1", marks=pytest.mark.slow),
+    ],
+)
 def test_one_of_two_processes_killed_at_every_change_of_a_save(grid, faulty, meeting_point, tmp_path):
     """The other one fails at once rather than wait, or had nothing more to wait for."""
     number, seen, killed = 0, [], True
