@@ -48,9 +48,9 @@ from megagpt2.checkpoint.formats.openai import OpenAI
 from megagpt2.checkpoint.formats.source import Source, whole_specs
 from megagpt2.checkpoint.load import Checkpoint
 from megagpt2.model.parameters import Spec
+from megagpt2.parallel.memory import free_memory
 from megagpt2.planning.memory import show_bytes
 from megagpt2.run.material import TOKENIZER_FILES
-from megagpt2.run.saving import free_memory
 
 READ = ("huggingface", "megagpt2", "megatron", "deepspeed", "openai", "nanogpt", "llmc")
 WRITTEN = ("huggingface", "megagpt2", "megatron", "nanogpt", "llmc")

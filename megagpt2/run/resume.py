@@ -18,12 +18,12 @@ from megagpt2.config import Config, ConfigError
 from megagpt2.config.load import dump_config
 from megagpt2.config.rules import Plan
 from megagpt2.model.initialize import Initial
+from megagpt2.parallel.memory import return_freed_memory
 from megagpt2.parallel.messages import broadcast_text, gather_texts
 from megagpt2.run.material import Material
 from megagpt2.training.engine import Engine
 from megagpt2.training.loop import Progress
 from megagpt2.training.masters import MOMENTS, extents, fragments, set_values, weight_extents, weight_stretches
-from megagpt2.training.offload import return_freed_memory
 
 
 def agree_on_request(config: Config, plan: Plan, material: Material, device: torch.device) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from megagpt2.checkpoint.saver import Retention, Saver
 from megagpt2.checkpoint.snapshot import Snapshot, contribution
+from megagpt2.parallel.memory import free_memory, memory_of_this_process
 from megagpt2.parallel.topology import Topology
 from megagpt2.run.material import Material
 from megagpt2.run.resume import snapshot
@@ -98,28 +97,3 @@ def no_room(state: Snapshot, topology: Topology, device: torch.device, peak: int
     if agree_any(need > room, device):
         return f"there is no room for a copy ({need / 2**30:.1f} GiB on a rank)"
     return None
-
-
-def memory_of_this_process(which: str) -> int:
-    """Bytes that it has now (VmRSS, without mapped files RssAnon) or had at most (VmHWM); 0 where the system doesn't
-    say."""
-    try:
-        found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    except OSError:  # another system
-        return 0
-    return 1024 * int(found[1]) if found else 0
-
-
-def free_memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
-    """Bytes of main memory that are left: the machine's, or those of the job or container that this process is in
-    (control groups, version 2), whose limit may be lower."""
-    free = psutil.virtual_memory().available
-    try:
-        place = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-        folder = root / place.strip("/")
-        for group in (folder, *folder.parents):
-            if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
-                free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, StopIteration):  # another system, or version 1
-        pass
-    return max(free, 0)

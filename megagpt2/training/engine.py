@@ -28,6 +28,7 @@ from megagpt2.config.rules import Plan
 from megagpt2.config.schema import Config
 from megagpt2.kernels.choice import Kernels
 from megagpt2.model.gpt2 import GPT2, layer_plans
+from megagpt2.parallel.memory import return_freed_memory
 from megagpt2.parallel.pipeline import Pipeline, adapt_engine
 from megagpt2.parallel.quiet_deepspeed import deepspeed
 from megagpt2.parallel.tensor import builder_for
@@ -168,7 +169,7 @@ def build_engine(config: Config, plan: Plan, topology: Topology, device: torch.d
         offload.keep_gradients_in_memory(engine.optimizer)
     if config.offload.optimizer == "cpu" and config.parallel.zero_stage < 3:
         offload.forget_overflowed_gradients(engine.optimizer)
-    offload.return_freed_memory()
+    return_freed_memory()
     return Engine(engine, topology, config, plan, device, bounds)
 
 

@@ -14,7 +14,6 @@ multiple of 512 bytes the read fails without an error and the step uses what was
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import shutil
@@ -200,14 +199,6 @@ def forget_overflowed_gradients(zero) -> None:
             zero.averaged_gradients.update(dict.fromkeys(zero.averaged_gradients))
 
     zero.reset_cpu_buffers = reset_and_forget
-
-
-def return_freed_memory() -> None:
-    """Give the system back what was freed. DeepSpeed copies all weights while it starts, in pieces below 32 MB, which
-    the C library keeps: 4.4 GB of the 1542M model's 15 GB were such holes. Loading leaves others (0.5 GB at 117M)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc's
-        trim(ctypes.c_size_t(0))
 
 
 def remove_files(config: Config, rank: int) -> None:

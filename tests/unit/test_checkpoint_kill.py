@@ -6,9 +6,10 @@ at the second, and so on to the end. Of two processes that save together one is 
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -27,6 +28,7 @@ from megagpt2.checkpoint.shards import Slices
 from megagpt2.checkpoint.snapshot import Snapshot, TrainingState
 from megagpt2.model.parameters import Extent, Spec, partition
 from megagpt2.parallel.topology import Topology
+from tests.support.children import child, exit_code
 from tests.support.models import model_config
 from tools.checkpoint import main as checkpoint_tool
 
@@ -68,47 +70,38 @@ def save(checkpoints: Path, step: int, grid: Topology = ALONE) -> None:
     assert outcome.error is None and outcome.note is None, outcome
 
 
-def child(action: Callable[[], object], number: int | None = None) -> int:
-    """Fork a process that does `action` and exits, with 1 where it failed; it is killed at its change `number` to the
-    disk, counted from 1, half of it done if it is a write."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        count = 0
+def counted(action: Callable[[], object], number: int | None) -> Callable[[], None]:
+    """`action` for a child that is killed at its change `number` to the disk, counted from 1, half of it done if it is
+    a write."""
+    count = 0
 
-        def counted(name: str):
-            plain = getattr(os, name)
+    def watched(name: str):
+        plain = getattr(os, name)
 
-            def change(*args, **kwargs):
-                nonlocal count
-                if name == "open" and not args[1] & os.O_CREAT:
-                    return plain(*args, **kwargs)
-                count += 1
-                if count == number:
-                    if name == "write":
-                        plain(args[0], args[1][: len(args[1]) // 2])
-                    os.kill(os.getpid(), signal.SIGKILL)
+        def change(*args, **kwargs):
+            nonlocal count
+            if name == "open" and not args[1] & os.O_CREAT:
                 return plain(*args, **kwargs)
+            count += 1
+            if count == number:
+                if name == "write":
+                    plain(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*args, **kwargs)
 
-            return change
+        return change
 
+    def watch_and_act() -> None:
         for name in CHANGES:
-            setattr(os, name, counted(name))
+            setattr(os, name, watched(name))
         action()
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
 
-
-def exit_code(process: int) -> int:
-    """Of a child, waited for; the signal's negative where one ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return watch_and_act
 
 
 def killed_at(number: int, action: Callable[[], object]) -> bool:
     """Whether a child that does `action` came as far as its change `number`, where it was killed."""
-    code = exit_code(child(action, number))
+    code = exit_code(child(counted(action, number)))
     assert code in (0, -signal.SIGKILL)
     return code != 0
 
@@ -135,17 +128,23 @@ def nothing_stands_in_the_way(checkpoints: Path) -> None:
     assert not [path for path in checkpoints.iterdir() if path.name.startswith(".")]
 
 
+def runs(folder: Path, *steps: int) -> Iterator[tuple[int, Path]]:
+    """For each number of a walk, from 1 on, a run of its own with checkpoints of these steps."""
+    for number in itertools.count(1):
+        for step in steps:
+            Saver(folder / str(number), ALONE, None, False).save(snapshot(step))
+        yield number, folder / str(number)
+
+
 def test_killed_at_every_change_of_a_save_and_of_a_removal(tmp_path):
     """The third save removes the first one. Before the last rename a start takes step 20, after it step 30."""
-    number, seen, killed = 0, [], True
-    while killed:
-        number += 1
-        checkpoints = tmp_path / str(number)
-        save(checkpoints, 10)
-        save(checkpoints, 20)
+    seen = []
+    for number, checkpoints in runs(tmp_path, 10, 20):
         killed = killed_at(number, partial(save, checkpoints, 30))
         seen.append(step_resumed(checkpoints))
         nothing_stands_in_the_way(checkpoints)
+        if not killed:
+            break
     assert number > 60, "the walk was short: were the changes counted?"
     assert seen == sorted(seen) and set(seen) == {20, 30}
 
@@ -153,13 +152,8 @@ def test_killed_at_every_change_of_a_save_and_of_a_removal(tmp_path):
 @pytest.mark.parametrize("newest_damaged", [False, True])
 def test_killed_at_every_change_of_a_prune(newest_damaged, tmp_path):
     """What is still there is whole, the newest whole one always is, and the next prune ends what this one began."""
-    number, killed = 0, True
     whole, newest = ({10, 20, 25}, 25) if newest_damaged else ({10, 20, 25, 30}, 30)
-    while killed:
-        number += 1
-        checkpoints = tmp_path / str(number)
-        for step in (10, 20, 25, 30):
-            Saver(checkpoints, ALONE, None, False).save(snapshot(step))
+    for number, checkpoints in runs(tmp_path, 10, 20, 25, 30):
         if newest_damaged:
             os.truncate(checkpoints / "step_00000030/state.json", 10)
         prune = ["prune", str(checkpoints), "--keep", "1"]
@@ -171,6 +165,8 @@ def test_killed_at_every_change_of_a_prune(newest_damaged, tmp_path):
         assert checkpoint_tool(prune) == 0
         assert {path.name for path in checkpoints.iterdir()} == {f"step_{step:08d}" for step in {newest, 30}}
         nothing_stands_in_the_way(checkpoints)
+        if not killed:
+            break
     assert number > 20, "the walk was short: were the changes counted?"
 
 
@@ -181,7 +177,6 @@ def meeting_point():
 
 def save_together(rank: int, grid: Topology, checkpoints: Path, port: int, name: str) -> None:
     """Rank `rank`'s part in saving step 30, every tensor in a file of its own replica."""
-    torch.set_num_threads(1)
     meeting_point = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False))
     dist.init_process_group(
         "gloo", store=meeting_point, rank=rank, world_size=grid.world_size, timeout=timedelta(seconds=20)
@@ -200,16 +195,14 @@ def save_together(rank: int, grid: Topology, checkpoints: Path, port: int, name:
 )
 def test_one_of_two_processes_killed_at_every_change_of_a_save(grid, faulty, meeting_point, tmp_path):
     """The other one fails at once rather than wait, or had nothing more to wait for."""
-    number, seen, killed = 0, [], True
-    while killed:
-        number += 1
-        checkpoints = tmp_path / str(number)
-        save(checkpoints, 10)
-        save(checkpoints, 20)
+    seen = []
+    for number, checkpoints in runs(tmp_path, 10, 20):
         name = f"{grid} {faulty} {number}"
         processes = [
-            child(partial(save_together, rank, grid, checkpoints, meeting_point.port, name),
-                  number if rank == faulty else None)
+            child(counted(
+                partial(save_together, rank, grid, checkpoints, meeting_point.port, name),
+                number if rank == faulty else None,
+            ))
             for rank in range(grid.world_size)
         ]
         codes = [exit_code(process) for process in processes]
@@ -219,6 +212,8 @@ def test_one_of_two_processes_killed_at_every_change_of_a_save(grid, faulty, mee
         seen.append(step_resumed(checkpoints))
         assert seen[-1] == 30 or codes[1 - faulty] == 1
         nothing_stands_in_the_way(checkpoints)
+        if not killed:
+            break
     assert number > 10, "the walk was short: were the changes counted?"
     assert seen == sorted(seen) and set(seen) == {20, 30}
     model = checkpoints / "step_00000030/model"

@@ -26,8 +26,9 @@ from megagpt2.checkpoint.formats.source import whole_specs
 from megagpt2.checkpoint.load import Checkpoint
 from megagpt2.checkpoint.store import CheckpointError
 from megagpt2.model.parameters import Spec
-from megagpt2.run.saving import memory_of_this_process
+from megagpt2.parallel.memory import memory_of_this_process
 from tests.support import foreign
+from tests.support.children import in_child
 from tests.support.models import model_config
 from tools import convert_checkpoint
 from tools.convert_checkpoint import main
@@ -361,31 +362,26 @@ def most_held(action: Callable[[], int]) -> int:
     """Bytes by which a child's own memory (mapped files are not) grows at most while it does `action`, which returns an
     exit code of 0."""
     reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            torch.set_num_threads(1)  # the parent's threads are not here, and libgomp would wait for them
-            ctypes.CDLL(None).malloc_trim(0)  # what the parent had and freed would be used first
-            done, before, most = threading.Event(), memory_of_this_process("RssAnon"), [0]
 
-            def watch() -> None:
-                while not done.wait(0.001):
-                    most[0] = max(most[0], memory_of_this_process("RssAnon"))
+    def measured() -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what the parent had and freed would be used first
+        done, before, most = threading.Event(), memory_of_this_process("RssAnon"), [0]
 
-            watching = threading.Thread(target=watch)
-            watching.start()
-            code = action()
-            done.set()
-            watching.join()
-            os.write(writer, str(most[0] - before).encode())
-        finally:
-            os._exit(code)
+        def watch() -> None:
+            while not done.wait(0.001):
+                most[0] = max(most[0], memory_of_this_process("RssAnon"))
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        assert action() == 0
+        done.set()
+        watching.join()
+        os.write(writer, str(most[0] - before).encode())
+
+    in_child(measured)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        told = pipe.read()
-    assert os.waitpid(child, 0)[1] == 0
-    return int(told)
+        return int(pipe.read())
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from megagpt2.checkpoint.shards import Slices
 from megagpt2.checkpoint.snapshot import Snapshot, TrainingState, copy_to_memory
 from megagpt2.model.parameters import Extent
 from megagpt2.parallel.topology import Topology
+from tests.support.children import in_child
 from tests.unit.test_checkpoint_kill import CONFIG, extents, snapshot
 
 
@@ -106,7 +107,7 @@ def test_a_removal_that_fails_is_told_and_no_more(tmp_path):
 
 def test_a_jobs_limit_counts_as_the_memory_that_is_free(tmp_path):
     """Of control groups each one in the way may set a limit."""
-    from megagpt2.run.saving import free_memory
+    from megagpt2.parallel.memory import free_memory
 
     own, job = tmp_path / "cgroup", tmp_path / "fs/slurm/job_1/step_0"
     own.write_text("0::/slurm/job_1/step_0\n")
@@ -146,7 +147,7 @@ def test_auto_asks_for_room_at_every_save(tmp_path):
 
 
 def test_what_a_process_had_at_most_is_known():
-    from megagpt2.run.saving import memory_of_this_process
+    from megagpt2.parallel.memory import memory_of_this_process
 
     size = 3 << 26
     before = memory_of_this_process("VmRSS")
@@ -211,23 +212,6 @@ def test_one_save_at_a_time(tmp_path):
     with pytest.raises(AssertionError, match="was not asked for"):
         one.save(snapshot(2))
     assert one.outcome(wait=True).error is None
-
-
-def in_child(action) -> None:
-    """Do it in a process of its own, whose limits and user may change; fails where it does."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
-        return
-    try:
-        action()
-        os._exit(0)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagpt2.parallel.memory import return_freed_memory
+
 
 def staged(folder: Path, tensor: Tensor) -> Tensor:
     """A copy whose memory is a nameless file in `folder`: the system writes it out and forgets it where memory is
@@ -24,8 +26,9 @@ def staged(folder: Path, tensor: Tensor) -> Tensor:
     finally:
         os.close(descriptor)
         os.unlink(name)
-    copy = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
-    return copy.copy_(tensor)
+    copy = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape).copy_(tensor)
+    return_freed_memory()  # between what stays of each copy the tensors before it would leave holes
+    return copy
 
 
 def save_pickled(path: Path, content: Any) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from megagpt2.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics, head_cross_entropy
 from megagpt2.kernels.extension import EXTENSION
+from megagpt2.parallel.memory import memory_of_this_process
 from tools.bench.kernel_cases import Case, backward, forward, library
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,11 +103,6 @@ def _memory(which: str, shape: tuple[int, int, int], name: str, device: str) -> 
     return float(end.stdout)
 
 
-def _held(what: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return 1024 * int(line.split()[1])
-
-
 def main() -> None:
     """WHICH TOKENS WORDS WIDTH TYPE DEVICE: print what _memory asks for."""
     which, tokens, words, width, name, device = sys.argv[1:]
@@ -120,7 +116,9 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
     else:
-        before, peak = _held("VmRSS"), lambda: _held("VmHWM")
+        before, peak = memory_of_this_process("VmRSS"), partial(memory_of_this_process, "VmHWM")
+        if not before:
+            sys.exit("cross_entropy: this system doesn't say how much memory a process has")
     gradients = torch.autograd.grad(head(*inputs), inputs[:2])
     returned = sum(g.numel() * g.element_size() for g in gradients)
     print(max(peak() - before - returned, 4096))  # what is below a page isn't seen
