@@ -24,8 +24,7 @@ Tensor bias_dropout_add_cpu(
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(residual_row<T>);
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool past = past_caches(3 * rows * row_bytes, data<T>(z), row_bytes);
+    const bool past = past_caches(3, data<T>(z), rows, width);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
       const Fence fence(past);
       RowBits bits(dropout.rows);
@@ -54,8 +53,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
   with_type(dz.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(residual_backward_row<T>);
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool past = samples && past_caches(2 * rows * row_bytes, data<T>(dx), row_bytes);
+    const bool past = samples && past_caches(2, data<T>(dx), rows, width);
     struct Task {
       RowBits bits;
       Fence fence;

@@ -18,8 +18,7 @@ Tensor bias_gelu_cpu(Tensor x, Tensor bias) {
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(bias_gelu_rows<T>);
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool past = past_caches(2 * rows * row_bytes, data<T>(y), row_bytes);
+    const bool past = past_caches(2, data<T>(y), rows, width);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
       const Fence fence(past);
       const int64_t at = begin * width;
@@ -39,8 +38,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cpu(Tensor dy, Tensor x, Tensor bi
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(bias_gelu_backward_rows<T>);
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool past = past_caches(3 * rows * row_bytes, data<T>(dx), row_bytes);
+    const bool past = past_caches(3, data<T>(dx), rows, width);
     sums.run([&] { return Fence(past); }, [&](Fence&, int64_t row, int64_t count, float* d_bias) {
       const int64_t at = row * width;
       backward(

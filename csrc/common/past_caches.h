@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "common/buffer.h"
 #include "common/instructions.h"
 
 #ifdef MEGAGPT2_X86
@@ -24,11 +25,13 @@ inline int64_t bytes_of_last_cache() {
   return bytes;
 }
 
-// Whether rows of `row_bytes` at `to` are written so, by an operator that moves `bytes` in all. Their vectors must lie at
-// the beginning of vectors in memory.
-inline bool past_caches(int64_t bytes, const void* to, int64_t row_bytes) {
-  constexpr int64_t kLine = 64;
-  return bytes > bytes_of_last_cache() && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(to) % kLine == 0;
+// Whether `to` [rows, width] is written so, by an operator that moves so many tensors of its size. Every row must begin
+// with a cache line.
+template <typename T>
+bool past_caches(int64_t tensors, const T* to, int64_t rows, int64_t width) {
+  const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
+  return tensors * rows * row_bytes > bytes_of_last_cache() && row_bytes % kCacheLine == 0 &&
+      reinterpret_cast<uintptr_t>(to) % kCacheLine == 0;
 }
 
 // At the end of its life what this thread has written past the caches is there for the others.

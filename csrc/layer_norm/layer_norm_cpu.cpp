@@ -26,8 +26,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tenso
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto forward = MEGAGPT2_VARIANT(forward_rows<T>);
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool past = past_caches(2 * rows * row_bytes, data<T>(y), row_bytes);
+    const bool past = past_caches(2, data<T>(y), rows, width);
     torch::stable::parallel_for(0, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
       const Fence fence(past);
       Buffer<float> buffer = row_buffer(width);
@@ -51,8 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto backward = MEGAGPT2_VARIANT(backward_rows<T>);
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool past = past_caches((dz ? 4 : 3) * rows * row_bytes, data<T>(dx), row_bytes);
+    const bool past = past_caches(dz ? 4 : 3, data<T>(dx), rows, width);
     struct Task {
       Buffer<float> buffer;
       Fence fence;

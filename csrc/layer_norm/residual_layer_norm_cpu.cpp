@@ -29,8 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
     using T = decltype(element);
     const auto add = MEGAGPT2_VARIANT(residual_row<T>);
     const auto normalize = MEGAGPT2_VARIANT(forward_rows<T>);
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool past = past_caches(4 * rows * row_bytes, data<T>(y), row_bytes);
+    const bool past = past_caches(4, data<T>(y), rows, width);
     torch::stable::parallel_for(0, rows, rows_per_task(width), [&](int64_t begin, int64_t end) {
       const Fence fence(past);
       Buffer<float> buffer = row_buffer(width);
@@ -44,8 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
                   sums + at, false, n);  // which is read again at once
             });
         normalize(
-            sums, mutable_data<T>(y) + row * width, past, mutable_data<float>(mean) + row, mutable_data<float>(rstd) + row,
-            data<float>(weights), data<float>(norm_biases), 1, width, static_cast<float>(epsilon), buffer.data());
+            sums, mutable_data<T>(y) + row * width, past, mutable_data<float>(mean) + row,
+            mutable_data<float>(rstd) + row, data<float>(weights), data<float>(norm_biases), 1, width,
+            static_cast<float>(epsilon), buffer.data());
       }
     });
   });
@@ -64,8 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
     using T = decltype(element);
     const auto normalize = MEGAGPT2_VARIANT(backward_rows<T>);
     const auto add = MEGAGPT2_VARIANT(residual_backward_row<T>);
-    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
-    const bool past = samples && past_caches((dz ? 5 : 4) * rows * row_bytes, data<T>(dx), row_bytes);
+    const bool past = samples && past_caches(dz ? 5 : 4, data<T>(dx), rows, width);
     struct Task {
       Buffer<float> buffer;
       RowBits bits;

@@ -76,8 +76,7 @@ void forward(
   T *results = mutable_data<T>(y), *undropped = mutable_data<T>(weights);
   const uint8_t* flags = mask ? data<uint8_t>(*mask) : nullptr;
   const Strides from = strides_of(scores), masks = mask ? strides_of(*mask) : Strides{};
-  const int64_t row_bytes = shape.key * static_cast<int64_t>(sizeof(T));
-  const bool past = past_caches(2 * shape.rows() * row_bytes, results, row_bytes);
+  const bool past = past_caches(2, results, shape.rows(), shape.key);
   const auto make_buffers = [&] {
     return Buffers{Buffer<float>(shape.key + kMostLanes), room_for(dropout), {}, Fence(past)};
   };
@@ -88,8 +87,8 @@ void forward(
     const WeightDropout drop = draw(dropout, number, n, buffers.bits);
     const T* row = x + from.row(b, h, q);
     forward_row(
-        row, row + from.query, hidden, results + at, past, drop.drawn ? undropped + at : nullptr, n, shape.key, exponent,
-        buffers.row.data(), drop);
+        row, row + from.query, hidden, results + at, past, drop.drawn ? undropped + at : nullptr, n, shape.key,
+        exponent, buffers.row.data(), drop);
   });
 }
 
@@ -101,8 +100,7 @@ void backward(
   const T *gradients = data<T>(dy), *p = data<T>(weights);
   T* results = mutable_data<T>(dx);
   const Strides from = strides_of(dy), kept = strides_of(weights);
-  const int64_t row_bytes = shape.key * static_cast<int64_t>(sizeof(T));
-  const bool past = past_caches(3 * shape.rows() * row_bytes, results, row_bytes);
+  const bool past = past_caches(3, results, shape.rows(), shape.key);
   struct Task {
     Buffer<uint16_t> bits;
     Fence fence;

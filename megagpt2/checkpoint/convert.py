@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megagpt2.checkpoint.formats.source import Source, WithOptimizer, whole_specs
+from megagpt2.checkpoint.formats.source import Source, WithOptimizer, first_difference, whole_specs
 from megagpt2.checkpoint.save import Ranks, save_checkpoint
 from megagpt2.checkpoint.shards import Slices
 from megagpt2.checkpoint.snapshot import Snapshot, TrainingState, contribution
@@ -55,9 +55,8 @@ def difference(source: Source, target: Source) -> tuple[float, float]:
     """Largest |difference| of the logits on the fixed input, and the largest |logit|. CheckpointError where the models
     are not even of one shape."""
     ours, theirs = source.model, target.model
-    for name in ("layers", "width", "heads", "vocabulary", "context", "inner", "norm", "layer_norm_epsilon"):
-        if getattr(ours, name) != getattr(theirs, name):
-            raise CheckpointError(f"{name} is {getattr(ours, name)} before, {getattr(theirs, name)} after conversion")
+    if name := first_difference(ours, theirs):
+        raise CheckpointError(f"{name} is {getattr(ours, name)} before, {getattr(theirs, name)} after conversion")
     tokens = fixed_input(ours.vocabulary, ours.context)
     before, after = logits_of(source, tokens), logits_of(target, tokens)
     return float((before - after).abs().max()), float(before.abs().max())

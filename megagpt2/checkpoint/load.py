@@ -11,12 +11,11 @@ from torch import Tensor
 
 from megagpt2.checkpoint import store
 from megagpt2.checkpoint.formats import huggingface
+from megagpt2.checkpoint.formats.source import first_difference
 from megagpt2.checkpoint.shards import SliceReader
 from megagpt2.checkpoint.snapshot import TrainingState
 from megagpt2.config.schema import ModelConfig
 from megagpt2.model.parameters import Extent, Spec
-
-_SAME = ("layers", "width", "heads", "vocabulary", "context", "inner", "norm", "layer_norm_epsilon")
 
 
 def choose(
@@ -141,12 +140,11 @@ def open_weights(folder: Path, model: ModelConfig) -> WeightsOnly:
 
 
 def _check_same_model(folder: Path, stored: ModelConfig, model: ModelConfig) -> None:
-    for name in _SAME:
-        if getattr(stored, name) != getattr(model, name):
-            raise store.CheckpointError(
-                f"{folder} holds a model with {name} {getattr(stored, name)}, the configuration asks for"
-                f" {getattr(model, name)}: use its configuration, or another run.directory"
-            )
+    if name := first_difference(stored, model):
+        raise store.CheckpointError(
+            f"{folder} holds a model with {name} {getattr(stored, name)}, the configuration asks for"
+            f" {getattr(model, name)}: use its configuration, or another run.directory"
+        )
 
 
 def open_checkpoint(folder: Path, model: ModelConfig) -> Loaded:

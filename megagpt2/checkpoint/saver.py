@@ -156,9 +156,11 @@ class Saver:
         removed = []
         try:
             ranks.together(lambda: self._read_back(newest))
-            for folder in self._superfluous(newest) if self.topology.rank == 0 else ():
-                store.remove(folder)
-                removed.append(folder.name)
+            if self.topology.rank == 0:
+                keep, keep_every = self.retention.keep, self.retention.keep_every
+                for folder in store.superfluous(self.checkpoints, newest, keep, keep_every):
+                    store.remove(folder)
+                    removed.append(folder.name)
         except (SaveError, OSError, ValueError) as error:  # the new checkpoint is there: too many are no reason to stop
             return tuple(removed), f"could not remove old checkpoints: {error}"
         return tuple(removed), None
@@ -169,6 +171,3 @@ class Saver:
             store.verify(folder, self.topology.rank, self.topology.world_size)
         except store.CheckpointError as error:
             raise OSError(str(error)) from None
-
-    def _superfluous(self, newest: Path) -> list[Path]:
-        return store.superfluous(self.checkpoints, newest, self.retention.keep, self.retention.keep_every)

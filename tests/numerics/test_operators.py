@@ -26,15 +26,21 @@ def operator_of(name: str, rows: int, width: int, probability: float = 0.0, devi
     return next(operator for operator in operators(rows, width, probability, device) if operator.name == name)
 
 
-@compiled
-@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
-def test_every_set_of_vector_instructions_is_as_exact(instructions):
+def run_operators(instructions: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """tests/support/operators.py on these vector instructions; the test is skipped where the processor lacks them."""
     end = subprocess.run(
-        [sys.executable, "-m", "tests.support.operators"], capture_output=True, text=True, timeout=200,
-        env=os.environ | {"MEGAGPT2_CPU": instructions, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.support.operators", *arguments], capture_output=True, text=True, timeout=200,
+        env=os.environ | {"MEGAGPT2_CPU": instructions, **environment},
     )
     if end.returncode and "which this processor has not" in end.stderr and instructions != "portable":
         pytest.skip(f"this processor has no {instructions}")
+    return end
+
+
+@compiled
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+def test_every_set_of_vector_instructions_is_as_exact(instructions):
+    end = run_operators(instructions, OMP_NUM_THREADS="1")
     assert end.stdout == "as exact\n", end.stderr
 
 
@@ -42,17 +48,11 @@ def test_every_set_of_vector_instructions_is_as_exact(instructions):
 @pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
 def test_what_is_written_past_the_caches_is_the_same(instructions):
     """Large tensors are: here all are that can be."""
-    found = [
-        subprocess.run(
-            [sys.executable, "-m", "tests.support.operators", "bits"], capture_output=True, text=True, timeout=200,
-            env=os.environ | {"MEGAGPT2_CPU": instructions, "OMP_NUM_THREADS": "2", "MEGAGPT2_LAST_CACHE": size},
-        )
-        for size in ("0", str(2**40))
-    ]
-    if found[0].returncode and "which this processor has not" in found[0].stderr and instructions != "portable":
-        pytest.skip(f"this processor has no {instructions}")
-    assert len(found[0].stdout) == 65, found[0].stderr
-    assert found[0].stdout == found[1].stdout
+    past, plain = (
+        run_operators(instructions, "bits", OMP_NUM_THREADS="2", MEGAGPT2_LAST_CACHE=size) for size in ("0", str(2**40))
+    )
+    assert len(past.stdout) == 65, past.stderr
+    assert past.stdout == plain.stdout
 
 
 @compiled

@@ -52,6 +52,12 @@ def gpt2_config(where: object, **fields) -> ModelConfig:
         raise CheckpointError(f"{where} does not describe a GPT-2: {error}") from None
 
 
+def first_difference(one: ModelConfig, other: ModelConfig) -> str | None:
+    """The first field by which two are not the same function of the same parameters. Dropout may differ."""
+    names = ("layers", "width", "heads", "vocabulary", "context", "inner", "norm", "layer_norm_epsilon")
+    return next((name for name in names if getattr(one, name) != getattr(other, name)), None)
+
+
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The floating-point type that holds all of these without rounding: of a file whose tensors differ."""
     return functools.reduce(torch.promote_types, (dtype for dtype in dtypes if dtype.is_floating_point))
