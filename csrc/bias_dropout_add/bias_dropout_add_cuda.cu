@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cuda(
     const auto launch = [&](auto v) {
       constexpr int V = decltype(v)::value;
       const ColumnGrid grid = column_grid(rows, width, V, kPackOf<T>);
-      Tensor partial = empty(dz, {grid.blocks.y, width}, ScalarType::Float);
+      Tensor partial = empty_floats(dz, {grid.blocks.y, width});
       add_backward_rows<T, V><<<grid.blocks, grid.threads, 0, stream_of(dz)>>>(
           dzs, dropout.rows, out, mutable_data<float>(partial), rows, width);
       STD_CUDA_KERNEL_LAUNCH_CHECK();

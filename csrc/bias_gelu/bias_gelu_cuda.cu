@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_cuda(Tensor dy, Tensor x, Tensor b
     const auto launch = [&](auto v) {
       constexpr int V = decltype(v)::value;
       const ColumnGrid grid = column_grid(rows, width, V, kPackOf<T>);
-      Tensor partial = empty(x, {grid.blocks.y, width}, ScalarType::Float);
+      Tensor partial = empty_floats(x, {grid.blocks.y, width});
       bias_gelu_backward_rows<T, V><<<grid.blocks, grid.threads, 0, stream_of(x)>>>(
           dys, xs, b, out, mutable_data<float>(partial), rows, width);
       STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,8 +1,8 @@
 // Rows of GELU with a bias, by the formulas of bias_gelu.h. x, y, dy, dx: [rows, width]; bias as floats. A NaN stays.
 
-static inline Float gelu(Float h) { return h / (1.0f + exponential(h * (kGeluA + kGeluB * (h * h)))); }
+static MEGAGPT2_INLINE Float gelu(Float h) { return h / (1.0f + exponential(h * (kGeluA + kGeluB * (h * h)))); }
 
-static inline Float gelu_slope(Float h) {
+static MEGAGPT2_INLINE Float gelu_slope(Float h) {
   const Float limited = lesser(all(10.0f), h), square = limited * limited;
   const Float e = exponential(limited * (kGeluA + kGeluB * square));
   const Float s = 1.0f / (1.0f + e);
@@ -11,7 +11,7 @@ static inline Float gelu_slope(Float h) {
 }
 
 template <typename T, typename To>
-static inline void bias_gelu_rows_to(To y, const T* x, const float* bias, int64_t rows, int64_t n) {
+static MEGAGPT2_INLINE void bias_gelu_rows_to(To y, const T* x, const float* bias, int64_t rows, int64_t n) {
   for (int64_t r = 0; r < rows; ++r, x += n, y = y + n) {
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) store_clean(y + i, gelu(load(x + i) + load(bias + i)));
@@ -26,7 +26,7 @@ void bias_gelu_rows(const T* x, const float* bias, T* y, bool past, int64_t rows
 }
 
 template <typename T, typename To>
-static inline void bias_gelu_backward_rows_to(
+static MEGAGPT2_INLINE void bias_gelu_backward_rows_to(
     To dx, const T* dy, const T* x, const float* bias, float* d_bias, int64_t rows, int64_t n) {
   for (int64_t r = 0; r < rows; ++r, x += n, dy += n, dx = dx + n) {
     int64_t i = 0;

@@ -8,7 +8,8 @@
 #endif
 
 // The body of a loop that each variant compiles anew, with its own instructions.
-#define MEGAGPT2_INLINE inline __attribute__((always_inline))
+#define MEGAGPT2_INLINED __attribute__((always_inline))
+#define MEGAGPT2_INLINE inline MEGAGPT2_INLINED
 
 namespace megagpt2 {
 

@@ -2,7 +2,7 @@
 
 // Calls move(place, element) for each of n elements.
 template <typename Move>
-static inline void for_each_place(int64_t n, const Move& move) {
+static MEGAGPT2_INLINE void for_each_place(int64_t n, const Move& move) {
   const int64_t whole = n / kPair * kPair;
   for (int64_t i = 0; i < whole; i += kPair) {
     for (int64_t j = 0; j < kPair; ++j) move(i + j, i + j % kWidth * 2 + j / kWidth);
@@ -10,8 +10,8 @@ static inline void for_each_place(int64_t n, const Move& move) {
   for (int64_t i = whole; i < n; ++i) move(i, i);
 }
 static void to_pairs(const float* from, float* to, int64_t n) {
-  for_each_place(n, [=](int64_t place, int64_t element) { to[place] = from[element]; });
+  for_each_place(n, [=](int64_t place, int64_t element) MEGAGPT2_INLINED { to[place] = from[element]; });
 }
 static void to_elements(const float* from, float* to, int64_t n) {
-  for_each_place(n, [=](int64_t place, int64_t element) { to[element] = from[place]; });
+  for_each_place(n, [=](int64_t place, int64_t element) MEGAGPT2_INLINED { to[element] = from[place]; });
 }

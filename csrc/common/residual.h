@@ -2,13 +2,13 @@
 // variants.h. `drawn` are the row's random bits; without them (null) nothing is dropped. A dropped x counts for
 // nothing, whatever it is.
 
-static inline Float dropped(Float x, Word drawn, uint32_t threshold, float scale) {
+static MEGAGPT2_INLINE Float dropped(Float x, Word drawn, uint32_t threshold, float scale) {
   return choose(drawn >= threshold, x * scale, Float{});
 }
 
 // bias: n floats in the order of pairs of T, zeros where there is none.
 template <typename T, typename To>
-static inline void residual_row_to(
+static MEGAGPT2_INLINE void residual_row_to(
     To z, const T* x, const float* bias, const T* residual, const uint16_t* drawn, uint32_t threshold, float scale,
     int64_t n) {
   int64_t i = 0;
@@ -31,7 +31,7 @@ static inline void residual_row_to(
 
 // past, here and below: the result is written past the caches.
 template <typename T>
-static inline void residual_row(
+static MEGAGPT2_INLINE void residual_row(
     const T* x, const float* bias, const T* residual, const uint16_t* drawn, uint32_t threshold, float scale, T* z,
     bool past, int64_t n) {
   past ? residual_row_to(Past<T>{z}, x, bias, residual, drawn, threshold, scale, n)
@@ -39,7 +39,7 @@ static inline void residual_row(
 }
 
 template <typename T, typename To>
-static inline void residual_backward_row_to(
+static MEGAGPT2_INLINE void residual_backward_row_to(
     To dx, const T* dz, const uint16_t* drawn, uint32_t threshold, float scale, float* d_bias, int64_t n) {
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
@@ -66,7 +66,7 @@ static inline void residual_backward_row_to(
 // dx = dropout(dz), and d_bias [n], in the order of pairs of T, grows by it. Without drawn bits dx is dz, and is not
 // written: it may be null.
 template <typename T>
-static inline void residual_backward_row(
+static MEGAGPT2_INLINE void residual_backward_row(
     const T* dz, const uint16_t* drawn, uint32_t threshold, float scale, T* dx, bool past, float* d_bias, int64_t n) {
   past ? residual_backward_row_to(Past<T>{dx}, dz, drawn, threshold, scale, d_bias, n)
        : residual_backward_row_to(dx, dz, drawn, threshold, scale, d_bias, n);

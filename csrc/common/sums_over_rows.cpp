@@ -29,7 +29,7 @@ void SumsOverRows::settle(float* part, int64_t block) {
 void SumsOverRows::add_blocks() { MEGAGPT2_VARIANT(add_blocks)(sums_.data(), blocks_, columns_); }
 
 Tensor SumsOverRows::of(int64_t first, int64_t count, const Tensor& like, bool in_pairs) {
-  Tensor total = empty(like, {count}, ScalarType::Float);
+  Tensor total = empty_floats(like, {count});
   std::copy_n(sums_.data() + first, count, mutable_data<float>(total));
   if (in_pairs) total = in_order_of_elements(total, like.scalar_type());
   return torch::stable::to(total, like.scalar_type());

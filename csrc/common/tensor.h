@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,14 +18,36 @@ namespace megagpt2 {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A tensor without values, of x's device, and of x's type unless another is given.
+// A tensor without values, on x's device: of its type, of fp32, of its type and sizes. Made by torch's C interface: the
+// operator new_empty is found by its name and takes its arguments from a stack, which costs microseconds, and tens of them
+// where other work has emptied the caches.
+inline Tensor empty(const Tensor& x, const int64_t* sizes, int64_t dimensions, int32_t type) {
+  std::vector<int64_t> strides(dimensions);
+  int64_t elements = 1;
+  for (int64_t i = dimensions - 1; i >= 0; --i) {
+    strides[i] = elements;
+    elements *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  int32_t device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dimensions, sizes, strides.data(), type, device, index, &made));
+  return Tensor(made);
+}
+inline int32_t type_of(const Tensor& x) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  return type;
+}
 inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(x, {sizes.begin(), sizes.size()});
+  return empty(x, sizes.begin(), sizes.size(), type_of(x));
 }
-inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::new_empty(x, {sizes.begin(), sizes.size()}, type);
+inline Tensor empty_floats(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  return empty(x, sizes.begin(), sizes.size(), aoti_torch_dtype_float32());
 }
-inline Tensor empty_contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+inline Tensor empty_contiguous_like(const Tensor& x) { return empty(x, x.sizes().data(), x.dim(), type_of(x)); }
 
 inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
@@ -50,7 +73,9 @@ void with_type(ScalarType type, const Function& function) {
 }
 
 // The values as contiguous floats.
-inline Tensor as_floats(const Tensor& x) { return packed(torch::stable::to(x, ScalarType::Float)); }
+inline Tensor as_floats(const Tensor& x) {
+  return packed(x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float));
+}
 
 inline bool same_shape(const Tensor& x, const Tensor& y) {
   bool same = x.dim() == y.dim();
@@ -75,7 +100,7 @@ inline Tensor bias_floats(const Tensor& x, const std::optional<Tensor>& bias, in
     check_vector(*bias, width, x.scalar_type(), "bias");
     return as_floats(*bias);
   }
-  Tensor zeros = empty(x, {width}, ScalarType::Float);
+  Tensor zeros = empty_floats(x, {width});
   torch::stable::zero_(zeros);
   return zeros;
 }

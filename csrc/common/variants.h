@@ -8,7 +8,9 @@
 //
 // The loops are written once, with the vectors of common/vector.h, which is compiled anew with them: every variant has
 // a namespace of its own. They may use nothing else that is inline (std::max, say): the linker keeps one copy of such a
-// function, and it could be the one with instructions that a processor lacks.
+// function, and it could be the one with instructions that a processor lacks. Whatever takes or gives vectors is
+// MEGAGPT2_INLINE, or a lambda [](...) MEGAGPT2_INLINED {...}: called, it would get them through memory, and with so many
+// variants in a file the compiler soon leaves it at that.
 
 #ifndef MEGAGPT2_LOOPS
 #error "define MEGAGPT2_LOOPS as the file with the loops"

@@ -11,78 +11,78 @@ typedef uint32_t Word __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Short __attribute__((vector_size(2 * kWidth)));
 typedef float AnyFloat __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint32_t AnyWord __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));
-typedef uint16_t AnyShort __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));
+typedef uint16_t AnyShort __attribute__((vector_size(2 * kWidth), aligned(1), may_alias));
 typedef uint8_t AnyByte __attribute__((vector_size(kWidth), aligned(1), may_alias));
 
-static inline Float all(float x) { return x - Float{}; }
-static inline Word bits(Float x) { return (Word)x; }
-static inline Float floats(Word x) { return (Float)x; }
-static inline Float choose(Int which, Float x, Float y) { return which ? x : y; }
+static MEGAGPT2_INLINE Float all(float x) { return x - Float{}; }
+static MEGAGPT2_INLINE Word bits(Float x) { return (Word)x; }
+static MEGAGPT2_INLINE Float floats(Word x) { return (Float)x; }
+static MEGAGPT2_INLINE Float choose(Int which, Float x, Float y) { return which ? x : y; }
 // y where x is NaN. One instruction each, which GCC doesn't find. (With a mask of all, since GCC 12 warns of its own
 // header at the forms without.)
 #if MEGAGPT2_WIDTH == 16
-static inline Float greater(Float x, Float y) { return (Float)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y); }
-static inline Float lesser(Float x, Float y) { return (Float)_mm512_maskz_min_ps(0xFFFF, (__m512)x, (__m512)y); }
+static MEGAGPT2_INLINE Float greater(Float x, Float y) { return (Float)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y); }
+static MEGAGPT2_INLINE Float lesser(Float x, Float y) { return (Float)_mm512_maskz_min_ps(0xFFFF, (__m512)x, (__m512)y); }
 #elif MEGAGPT2_WIDTH == 8
-static inline Float greater(Float x, Float y) { return (Float)_mm256_max_ps((__m256)x, (__m256)y); }
-static inline Float lesser(Float x, Float y) { return (Float)_mm256_min_ps((__m256)x, (__m256)y); }
+static MEGAGPT2_INLINE Float greater(Float x, Float y) { return (Float)_mm256_max_ps((__m256)x, (__m256)y); }
+static MEGAGPT2_INLINE Float lesser(Float x, Float y) { return (Float)_mm256_min_ps((__m256)x, (__m256)y); }
 #else
-static inline Float greater(Float x, Float y) { return x > y ? x : y; }
-static inline Float lesser(Float x, Float y) { return x < y ? x : y; }
+static MEGAGPT2_INLINE Float greater(Float x, Float y) { return x > y ? x : y; }
+static MEGAGPT2_INLINE Float lesser(Float x, Float y) { return x < y ? x : y; }
 #endif
 
 // Between bytes, 16-bit and 32-bit words, for the same reason.
 #if MEGAGPT2_WIDTH == 16
-static inline Word widen(const uint8_t* p) { return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-static inline Word widen(const uint16_t* p) {
+static MEGAGPT2_INLINE Word widen(const uint8_t* p) { return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static MEGAGPT2_INLINE Word widen(const uint16_t* p) {
   return (Word)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 }
-static inline void narrow(uint16_t* p, Word x) {
+static MEGAGPT2_INLINE void narrow(uint16_t* p, Word x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)x));
 }
 #elif MEGAGPT2_WIDTH == 8
-static inline Word widen(const uint8_t* p) { return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-static inline Word widen(const uint16_t* p) { return (Word)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
-static inline void narrow(uint16_t* p, Word x) {
+static MEGAGPT2_INLINE Word widen(const uint8_t* p) { return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+static MEGAGPT2_INLINE Word widen(const uint16_t* p) { return (Word)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+static MEGAGPT2_INLINE void narrow(uint16_t* p, Word x) {
   const __m256i pairs = _mm256_packus_epi32((__m256i)x, (__m256i)x);  // words 0-3 0-3 4-7 4-7
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
 }
 #else
-static inline Word widen(const uint8_t* p) { return __builtin_convertvector(*(const AnyByte*)p, Word); }
-static inline Word widen(const uint16_t* p) { return __builtin_convertvector(*(const AnyShort*)p, Word); }
-static inline void narrow(uint16_t* p, Word x) { *(AnyShort*)p = __builtin_convertvector(x, Short); }
+static MEGAGPT2_INLINE Word widen(const uint8_t* p) { return __builtin_convertvector(*(const AnyByte*)p, Word); }
+static MEGAGPT2_INLINE Word widen(const uint16_t* p) { return __builtin_convertvector(*(const AnyShort*)p, Word); }
+static MEGAGPT2_INLINE void narrow(uint16_t* p, Word x) { *(AnyShort*)p = __builtin_convertvector(x, Short); }
 #endif
 
-static inline Float load(const float* p) { return *(const AnyFloat*)p; }
-static inline void store(float* p, Float x) { *(AnyFloat*)p = x; }
+static MEGAGPT2_INLINE Float load(const float* p) { return *(const AnyFloat*)p; }
+static MEGAGPT2_INLINE void store(float* p, Float x) { *(AnyFloat*)p = x; }
 
-static inline Float load(const BFloat16* p) { return floats(widen(&p->bits) << 16); }
+static MEGAGPT2_INLINE Float load(const BFloat16* p) { return floats(widen(&p->bits) << 16); }
 // bf16 in the upper half of each word, the lower half to be ignored. The lower half of a NaN must not carry into the upper
 // one, from which nothing would be left.
-static inline Word rounded_clean(Float x) { return bits(x) + 0x7FFFu + ((bits(x) >> 16) & 1u); }
-static inline void store(BFloat16* p, Float x) {
+static MEGAGPT2_INLINE Word rounded_clean(Float x) { return bits(x) + 0x7FFFu + ((bits(x) >> 16) & 1u); }
+static MEGAGPT2_INLINE void store(BFloat16* p, Float x) {
   narrow(&p->bits, ((x != x) ? (bits(x) | 0x400000u) : rounded_clean(x)) >> 16);
 }
 
 #if MEGAGPT2_WIDTH == 16
-static inline Float load(const Half* p) { return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-static inline void store(Half* p, Float x) {
+static MEGAGPT2_INLINE Float load(const Half* p) { return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static MEGAGPT2_INLINE void store(Half* p, Float x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif MEGAGPT2_WIDTH == 8
-static inline Float load(const Half* p) { return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-static inline void store(Half* p, Float x) {
+static MEGAGPT2_INLINE Float load(const Half* p) { return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static MEGAGPT2_INLINE void store(Half* p, Float x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
 // A product with 2**112 moves the exponent's bias from 15 to 127, subnormals included.
-static inline Float load(const Half* p) {
+static MEGAGPT2_INLINE Float load(const Half* p) {
   const Word half = widen(&p->bits);
   const Word magnitude = (half & 0x7FFFu) << 13;
   const Word finite = bits(floats(magnitude) * 0x1p112f);
   return floats((((half & 0x7C00u) == 0x7C00u) ? (magnitude | 0x7F800000u) : finite) | ((half & 0x8000u) << 16));
 }
-static inline void store(Half* p, Float x) {
+static MEGAGPT2_INLINE void store(Half* p, Float x) {
   const Word sign = bits(x) & 0x80000000u, magnitude = bits(x) ^ sign;
   const uint32_t exponent = 0x38000000u; // 112 << 23
   const Word normal = (magnitude - exponent + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
@@ -97,61 +97,73 @@ static inline void store(Half* p, Float x) {
 
 // store(p, x) for an x that is made of 16-bit numbers and what is no NaN: then the lower half of a NaN is 0.
 template <typename T>
-static inline void store_clean(T* p, Float x) {
+static MEGAGPT2_INLINE void store_clean(T* p, Float x) {
   store(p, x);
 }
-static inline void store_clean(BFloat16* p, Float x) { narrow(&p->bits, rounded_clean(x) >> 16); }
+static MEGAGPT2_INLINE void store_clean(BFloat16* p, Float x) { narrow(&p->bits, rounded_clean(x) >> 16); }
 // An argument of 32 bits, made such a number.
-static inline float clean(float x) { return x != x ? __builtin_nanf("") : x; }
+static MEGAGPT2_INLINE float clean(float x) { return x != x ? __builtin_nanf("") : x; }
 
-// part[0 .. n) = p[0 .. n), and 0 up to kWidth; p[0 .. n) = part[0 .. n).
+// part[0 .. n) = p[0 .. n), and 0 up to kCount, one or two vectors; p[0 .. n) = part[0 .. n).
 #if MEGAGPT2_WIDTH == 16
-template <typename T>
-static inline void take(T* part, const T* p, int64_t n) {
-  const __mmask16 some = (__mmask16)((1u << n) - 1u);
-  if (sizeof(T) == 4) _mm512_storeu_si512(part, _mm512_maskz_loadu_epi32(some, p));
-  if (sizeof(T) == 2) _mm256_storeu_si256((__m256i*)part, _mm256_maskz_loadu_epi16(some, p));
-  if (sizeof(T) == 1) _mm_storeu_si128((__m128i*)part, _mm_maskz_loadu_epi8(some, p));
+template <int kCount, typename T>
+static MEGAGPT2_INLINE void take(T* part, const T* p, int64_t n) {
+  const uint32_t some = (uint32_t)((1ull << n) - 1u);
+  if (sizeof(T) == 4) {
+    for (int i = 0; i < kCount; i += 16)
+      _mm512_storeu_si512(part + i, _mm512_maskz_loadu_epi32((__mmask16)(some >> i), p + i));
+  } else if (sizeof(T) == 2) {
+    if (kCount == 32) _mm512_storeu_si512(part, _mm512_maskz_loadu_epi16(some, p));
+    if (kCount == 16) _mm256_storeu_si256((__m256i*)part, _mm256_maskz_loadu_epi16((__mmask16)some, p));
+  } else {
+    if (kCount == 32) _mm256_storeu_si256((__m256i*)part, _mm256_maskz_loadu_epi8(some, p));
+    if (kCount == 16) _mm_storeu_si128((__m128i*)part, _mm_maskz_loadu_epi8((__mmask16)some, p));
+  }
 }
-template <typename T>
-static inline void put(T* p, const T* part, int64_t n) {
-  const __mmask16 some = (__mmask16)((1u << n) - 1u);
-  if (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, some, _mm512_loadu_si512(part));
-  if (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, some, _mm256_loadu_si256((const __m256i*)part));
+template <int kCount, typename T>
+static MEGAGPT2_INLINE void put(T* p, const T* part, int64_t n) {
+  const uint32_t some = (uint32_t)((1ull << n) - 1u);
+  if (sizeof(T) == 4) {
+    for (int i = 0; i < kCount; i += 16)
+      _mm512_mask_storeu_epi32(p + i, (__mmask16)(some >> i), _mm512_loadu_si512(part + i));
+  } else {
+    if (kCount == 32) _mm512_mask_storeu_epi16(p, some, _mm512_loadu_si512(part));
+    if (kCount == 16) _mm256_mask_storeu_epi16(p, (__mmask16)some, _mm256_loadu_si256((const __m256i*)part));
+  }
 }
 #else
-template <typename T>
-static inline void take(T* part, const T* p, int64_t n) {
-  for (int i = 0; i < kWidth; ++i) part[i] = T{};
+template <int kCount, typename T>
+static MEGAGPT2_INLINE void take(T* part, const T* p, int64_t n) {
+  for (int i = 0; i < kCount; ++i) part[i] = T{};
   __builtin_memcpy(part, p, n * sizeof(T));
 }
-template <typename T>
-static inline void put(T* p, const T* part, int64_t n) {
+template <int kCount, typename T>
+static MEGAGPT2_INLINE void put(T* p, const T* part, int64_t n) {
   __builtin_memcpy(p, part, n * sizeof(T));
 }
 #endif
 
-static inline Int first_lanes(int64_t n) {
+static MEGAGPT2_INLINE Int first_lanes(int64_t n) {
   Int lane;
   for (int i = 0; i < kWidth; ++i) lane[i] = i;
   return lane < (int32_t)n;
 }
 
 template <typename T>
-static inline Float load(const T* p, int64_t n) {
+static MEGAGPT2_INLINE Float load(const T* p, int64_t n) {
   T part[kWidth];
-  take(part, p, n);
+  take<kWidth>(part, p, n);
   return load(part);
 }
 template <typename T>
-static inline Float load(const T* p, int64_t n, float otherwise) {
+static MEGAGPT2_INLINE Float load(const T* p, int64_t n, float otherwise) {
   return choose(first_lanes(n), load(p, n), all(otherwise));
 }
 template <typename T>
-static inline void store(T* p, Float x, int64_t n) {
+static MEGAGPT2_INLINE void store(T* p, Float x, int64_t n) {
   T part[kWidth];
   store(part, x);
-  put(p, part, n);
+  put<kWidth>(p, part, n);
 }
 
 // Two vectors of neighbours in the order in which they come apart most cheaply: of bf16, of which a 32-bit word has two,
@@ -160,37 +172,76 @@ static inline void store(T* p, Float x, int64_t n) {
 struct Pair {
   Float first, second;
 };
+// What holds of its elements, as `choose` takes it.
+struct IntPair {
+  Int first, second;
+};
 constexpr int kPair = 2 * kWidth;
+static MEGAGPT2_INLINE Pair all_of_pair(float x) { return {all(x), all(x)}; }
+static MEGAGPT2_INLINE Pair operator+(Pair x, Pair y) { return {x.first + y.first, x.second + y.second}; }
+static MEGAGPT2_INLINE Pair operator*(Pair x, Pair y) { return {x.first * y.first, x.second * y.second}; }
+static MEGAGPT2_INLINE Pair operator-(Pair x, float y) { return {x.first - y, x.second - y}; }
+static MEGAGPT2_INLINE Pair operator*(Pair x, float y) { return {x.first * y, x.second * y}; }
+static MEGAGPT2_INLINE IntPair operator==(Pair x, float y) { return {x.first == y, x.second == y}; }
+static MEGAGPT2_INLINE Pair greater(Pair x, Pair y) { return {greater(x.first, y.first), greater(x.second, y.second)}; }
+
+static MEGAGPT2_INLINE Pair choose(IntPair which, Pair x, Pair y) {
+  return {choose(which.first, x.first, y.first), choose(which.second, x.second, y.second)};
+}
+
 template <typename T>
 constexpr bool kAlternate = false;
 template <>
 constexpr bool kAlternate<BFloat16> = true;
 
+// Which are the first n elements of a pair of T's, for any n.
 template <typename T>
-static inline Pair load_pair(const T* p) {
+static MEGAGPT2_INLINE IntPair first_of_pair(int64_t n) {
+  if (kAlternate<T>) return {first_lanes(n / 2 + n % 2), first_lanes(n / 2)};
+  return {first_lanes(n), first_lanes(n - kWidth)};
+}
+
+template <typename T>
+static MEGAGPT2_INLINE Pair load_pair(const T* p) {
   return {load(p), load(p + kWidth)};
 }
-static inline Pair load_pair(const BFloat16* p) {
+static MEGAGPT2_INLINE Pair load_pair(const BFloat16* p) {
   const Word both = *(const AnyWord*)p;
   return {floats(both << 16), floats(both & 0xFFFF0000u)};
 }
+// The first n elements, for any n > 0; what is not there reads as 0.
 template <typename T>
-static inline void store_clean(T* p, Pair x) {
+static MEGAGPT2_INLINE Pair load_pair(const T* p, int64_t n) {
+  if (n >= kPair) return load_pair(p);
+  T part[kPair];
+  take<kPair>(part, p, n);
+  return load_pair(part);
+}
+template <typename T>
+static MEGAGPT2_INLINE void store_clean(T* p, Pair x) {
   store(p, x.first);
   store(p + kWidth, x.second);
 }
-static inline void store_clean(BFloat16* p, Pair x) {
+static MEGAGPT2_INLINE void store_clean(BFloat16* p, Pair x) {
   *(AnyWord*)p = (rounded_clean(x.first) >> 16) | (rounded_clean(x.second) & 0xFFFF0000u);
+}
+
+template <typename T>
+static MEGAGPT2_INLINE void store_clean(T* p, Pair x, int64_t n) {
+  if (n >= kPair) return store_clean(p, x);
+  T part[kPair];
+  store_clean(part, x);
+  put<kPair>(p, part, n);
 }
 
 // Brings p[i] nearer, to be read or written soon, where i, in steps of vectors, is the first to reach its cache line. (A
 // line is read before a part of it is written.)
 template <typename T>
-static inline void fetch(const T* p, int64_t i) {
+static MEGAGPT2_INLINE void fetch(const T* p, int64_t i) {
   if (i * sizeof(T) % 64 == 0) __builtin_prefetch(p + i);
 }
 template <typename T>
-static inline void fetch_pair(const T* p) {
+static MEGAGPT2_INLINE void fetch_pair(const T* p) {
   for (int64_t i = 0; i < kPair; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i);
 }
 
@@ -201,11 +252,11 @@ struct Past {
   T* at;
 };
 template <typename T>
-static inline Past<T> operator+(Past<T> p, int64_t i) {
+static MEGAGPT2_INLINE Past<T> operator+(Past<T> p, int64_t i) {
   return {p.at + i};
 }
 template <typename T>
-static inline void put_past(T* p, const T* part) {
+static MEGAGPT2_INLINE void put_past(T* p, const T* part) {
 #if MEGAGPT2_WIDTH == 16
   if (sizeof(T) == 4) return _mm512_stream_si512((__m512i*)p, _mm512_load_si512(part));
 #endif
@@ -218,38 +269,42 @@ static inline void put_past(T* p, const T* part) {
   __builtin_memcpy(p, part, sizeof(T) * kWidth);
 }
 template <typename T>
-static inline void store(Past<T> p, Float x) {
+static MEGAGPT2_INLINE void store(Past<T> p, Float x) {
   alignas(64) T part[kWidth];
   store(part, x);
   put_past(p.at, part);
 }
 template <typename T>
-static inline void store_clean(Past<T> p, Float x) {
+static MEGAGPT2_INLINE void store_clean(Past<T> p, Float x) {
   alignas(64) T part[kWidth];
   store_clean(part, x);
   put_past(p.at, part);
 }
 template <typename T>
-static inline void store_clean(Past<T> p, Pair x) {
+static MEGAGPT2_INLINE void store_clean(Past<T> p, Pair x) {
   alignas(64) T part[kPair];
   store_clean(part, x);
   put_past(p.at, part);
   put_past(p.at + kWidth, part + kWidth);
 }
 template <typename T>
-static inline void store(Past<T> p, Float x, int64_t n) {
+static MEGAGPT2_INLINE void store(Past<T> p, Float x, int64_t n) {
   store(p.at, x, n);
 }
 template <typename T>
-static inline void fetch(Past<T>, int64_t) {}
+static MEGAGPT2_INLINE void store_clean(Past<T> p, Pair x, int64_t n) {
+  n >= kPair ? store_clean(p, x) : store_clean(p.at, x, n);
+}
 template <typename T>
-static inline void fetch_pair(Past<T>) {}
+static MEGAGPT2_INLINE void fetch(Past<T>, int64_t) {}
+template <typename T>
+static MEGAGPT2_INLINE void fetch_pair(Past<T>) {}
 
 // The 16 random bits of each element.
-static inline Word load_drawn(const uint16_t* p) { return widen(p); }
-static inline Word load_drawn(const uint16_t* p, int64_t n) {
+static MEGAGPT2_INLINE Word load_drawn(const uint16_t* p) { return widen(p); }
+static MEGAGPT2_INLINE Word load_drawn(const uint16_t* p, int64_t n) {
   uint16_t part[kWidth];
-  take(part, p, n);
+  take<kWidth>(part, p, n);
   return load_drawn(part);
 }
 
@@ -258,37 +313,65 @@ struct WordPair {
   Word first, second;
 };
 template <typename T>
-static inline WordPair load_drawn_pair(const uint16_t* p) {
+static MEGAGPT2_INLINE WordPair load_drawn_pair(const uint16_t* p) {
   if (!kAlternate<T>) return {load_drawn(p), load_drawn(p + kWidth)};
   const Word both = *(const AnyWord*)p;
   return {both & 0xFFFFu, both >> 16};
 }
-
-// Which of kWidth bools are true, as `choose` takes it.
-static inline Int load_flags(const uint8_t* p) { return widen(p) != 0u; }
-static inline Int load_flags(const uint8_t* p, int64_t n) {
-  uint8_t part[kWidth];
-  take(part, p, n);
-  return load_flags(part);
+template <typename T>
+static MEGAGPT2_INLINE WordPair load_drawn_pair(const uint16_t* p, int64_t n) {
+  if (n >= kPair) return load_drawn_pair<T>(p);
+  uint16_t part[kPair];
+  take<kPair>(part, p, n);
+  return load_drawn_pair<T>(part);
 }
 
-static inline float sum(Float x) {
-  float part[kWidth];
-  store(part, x);
-  for (int step = kWidth / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) part[i] += part[i + step];
-  return part[0];
+// Which bools are true, of a pair of T's.
+template <typename T>
+static MEGAGPT2_INLINE IntPair load_flags_pair(const uint8_t* p) {
+  if (!kAlternate<T>) return {widen(p) != 0u, widen(p + kWidth) != 0u};
+  const Word both = widen((const uint16_t*)p);  // two flags each
+  return {(both & 0xFFu) != 0u, both > 0xFFu};
 }
-static inline float largest(Float x) {
-  float part[kWidth];
-  store(part, x);
-  for (int step = kWidth / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) part[i] = part[i] > part[i + step] ? part[i] : part[i + step];
-  return part[0];
+template <typename T>
+static MEGAGPT2_INLINE IntPair load_flags_pair(const uint8_t* p, int64_t n) {
+  if (n >= kPair) return load_flags_pair<T>(p);
+  uint8_t part[kPair];
+  take<kPair>(part, p, n);
+  return load_flags_pair<T>(part);
+}
+
+// Halves of a vector are put together until four lanes are left: in registers, as through memory it takes longer than the
+// rest of a short row.
+typedef float Four __attribute__((vector_size(16)));
+template <typename Together>
+static MEGAGPT2_INLINE Four fold(Float x, const Together& together) {
+#if MEGAGPT2_WIDTH == 4
+  return x;
+#else
+#if MEGAGPT2_WIDTH == 16
+  typedef float Eight __attribute__((vector_size(32)));
+  const Eight lower = (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 0);
+  const Eight upper = (Eight)_mm512_maskz_extractf32x8_ps(0xFF, (__m512)x, 1);
+  const __m256 eight = (__m256)together(lower, upper);
+#else
+  const __m256 eight = (__m256)x;
+#endif
+  return together((Four)_mm256_castps256_ps128(eight), (Four)_mm256_extractf128_ps(eight, 1));
+#endif
+}
+static MEGAGPT2_INLINE float sum(Float x) {
+  const Four four = fold(x, [](auto a, auto b) MEGAGPT2_INLINED { return a + b; });
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+static MEGAGPT2_INLINE float largest(Float x) {
+  const Four four = fold(x, [](auto a, auto b) MEGAGPT2_INLINED { return a > b ? a : b; });
+  const float even = four[0] > four[2] ? four[0] : four[2], odd = four[1] > four[3] ? four[1] : four[3];
+  return even > odd ? even : odd;
 }
 
 // e^r for |r| <= log(2) / 2 by its Taylor polynomial, with coefficients for least error (Cephes).
-static inline Float small_exponential(Float r) {
+static MEGAGPT2_INLINE Float small_exponential(Float r) {
   Float p = all(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -299,7 +382,7 @@ static inline Float small_exponential(Float r) {
 }
 
 // e^x to 1 unit in the last place: x = n log 2 + r. Below -87.3 it is 0, above 88.7 infinity; a NaN stays.
-static inline Float exponential(Float x) {
+static MEGAGPT2_INLINE Float exponential(Float x) {
   const Float shift = all(0x1.8p23f);  // adding it rounds to an integer, which is in the low bits then
   const Float clamped = greater(lesser(x, all(88.8f)), all(-87.4f));
   const Float scaled = clamped * 1.44269504088896341f + shift;
@@ -311,24 +394,45 @@ static inline Float exponential(Float x) {
   return choose(x != x, x, limited);
 }
 
+// x factor - n for the integer n that is nearest to the product, which isn't rounded on the way. Processors do it at once;
+// without such an instruction it is put together of products that are exact: of 12 bits each (Dekker 1971).
+static MEGAGPT2_INLINE Float product_minus(Float x, float factor, Float n) {
+#if MEGAGPT2_WIDTH == 4 && defined(MEGAGPT2_X86)
+  const Float upper = floats(bits(x) & 0xFFFFF000u), lower = x - upper;
+  const Float big = floats(bits(all(factor)) & 0xFFFFF000u), small = factor - big;
+  return ((upper * big - n) + (upper * small + lower * big)) + lower * small;
+#else
+  return x * factor - n;
+#endif
+}
+
 // A factor of 32 bits and what rounding left of it; smallest: by which it is -126.4.
 struct Factor {
   float value, rest, smallest;
 };
-// 2^(x factor) to about 1 unit in the last place, for a product that is 0 or below, or hardly above; 0 where it is below
-// -126.4. A NaN stays. x factor = n + r, |r| <= 1/2, never rounded as a whole; 2^r by the polynomial of least relative
-// error whose constant is 1.
-static inline Float power_of_two(Float x, Factor factor) {
+// 2^(x factor) for a product that is 0 or below, or hardly above; 0 where it is below -126.4. A NaN stays. x factor = n + r,
+// |r| <= 1/2, never rounded as a whole; 2^r by the polynomial of least relative error whose constant is 1. Of degree 6 it
+// is right to about 1 unit in the last place; where 16 bits are to be left of it, of degree 4, to 1e-5.
+template <bool of_32_bits>
+static MEGAGPT2_INLINE Float power_of_two(Float x, Factor factor) {
   const Float shift = all(0x1.8p23f + 127.0f);  // the low bits are 127 + n: 2^n, moved to where the exponent is
   const Float clamped = greater(all(factor.smallest), x);
   const Float scaled = clamped * factor.value + shift;
-  const Float r = clamped * factor.rest + (clamped * factor.value - (scaled - shift));
-  Float p = all(1.55946778e-4f);
-  p = p * r + 1.34066434e-3f;
-  p = p * r + 9.61769279e-3f;
-  p = p * r + 5.55031039e-2f;
-  p = p * r + 2.40226522e-1f;
-  p = p * r + 6.93147242e-1f;
+  Float r = product_minus(clamped, factor.value, scaled - shift), p;
+  if (of_32_bits) {
+    r = clamped * factor.rest + r;
+    p = all(1.55946778e-4f);
+    p = p * r + 1.34066434e-3f;
+    p = p * r + 9.61769279e-3f;
+    p = p * r + 5.55031039e-2f;
+    p = p * r + 2.40226522e-1f;
+    p = p * r + 6.93147242e-1f;
+  } else {
+    p = all(9.58284338e-3f);
+    p = p * r + 5.59064256e-2f;
+    p = p * r + 2.40240988e-1f;
+    p = p * r + 6.93124193e-1f;
+  }
   p = p * r + 1.0f;
   return choose(x < factor.smallest, Float{}, p * floats(bits(scaled) << 23));
 }

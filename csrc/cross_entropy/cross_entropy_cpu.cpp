@@ -11,7 +11,7 @@ Tensor cross_entropy_statistics_cpu(Tensor logits, Tensor targets, int64_t first
   check_chunk(logits, targets, words);
   const Tensor from = packed(logits), wanted = packed(targets);
   const int64_t rows = logits.size(0), width = logits.size(1);
-  Tensor statistics = empty(logits, {3, rows}, ScalarType::Float);
+  Tensor statistics = empty_floats(logits, {3, rows});
   float* out = mutable_data<float>(statistics);
   with_type(logits.scalar_type(), [&](auto element) {
     using T = decltype(element);

@@ -104,7 +104,7 @@ Tensor cross_entropy_statistics_cuda(Tensor logits, Tensor targets, int64_t firs
   const Tensor from = packed(logits), wanted = packed(targets);
   const int64_t rows = logits.size(0), width = logits.size(1);
   const DeviceGuard guard(logits.get_device_index());
-  Tensor statistics = empty(logits, {3, rows}, ScalarType::Float);
+  Tensor statistics = empty_floats(logits, {3, rows});
   if (rows == 0) return statistics;
   float* out = mutable_data<float>(statistics);
   with_type(logits.scalar_type(), [&](auto element) {

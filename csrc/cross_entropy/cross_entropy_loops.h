@@ -3,7 +3,7 @@
 constexpr int64_t kPiece = 2048;  // logits whose maximum and exponentials are made before the next: they stay in L1
 
 template <typename T>
-static inline float largest_of(const T* x, int64_t n) {
+static MEGAGPT2_INLINE float largest_of(const T* x, int64_t n) {
   const float infinity = __builtin_inff();
   Float peaks[4] = {all(-infinity), all(-infinity), all(-infinity), all(-infinity)};
   int64_t i = 0;
@@ -15,7 +15,7 @@ static inline float largest_of(const T* x, int64_t n) {
 }
 
 template <typename T>
-static inline float sum_of_exponentials(const T* x, int64_t n, float peak) {
+static MEGAGPT2_INLINE float sum_of_exponentials(const T* x, int64_t n, float peak) {
   Float sums[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= n; i += 4 * kWidth)

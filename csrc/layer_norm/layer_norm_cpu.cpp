@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(Tensor x, Tensor weight, Tenso
   const auto [rows, width] = checked_rows(x, weight, bias);
   const Tensor from = packed(x);
   Tensor y = empty_contiguous_like(x);
-  Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
+  Tensor mean = empty_floats(x, {rows}), rstd = empty_floats(x, {rows});
   const Tensor weights = in_order_of_pairs(as_floats(weight), x.scalar_type());
   const Tensor biases = in_order_of_pairs(as_floats(bias), x.scalar_type());
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {

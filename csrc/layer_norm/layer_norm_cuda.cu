@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cuda(Tensor x, Tensor weight, Tens
   const auto [rows, width] = checked_rows(x, weight, bias);
   const Tensor from = packed(x), weights = packed(weight), biases = packed(bias);
   Tensor y = empty_contiguous_like(x);
-  Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
+  Tensor mean = empty_floats(x, {rows}), rstd = empty_floats(x, {rows});
   if (x.numel() == 0) return {y, mean, rstd};
   const DeviceGuard guard(x.get_device_index());
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
   const int blocks = static_cast<int>(rows < kBackwardBlocks ? rows : kBackwardBlocks);
   const DeviceGuard guard(x.get_device_index());
   if (x.numel() == 0) return {dx, torch::stable::zero_(d_weight), torch::stable::zero_(d_bias)};
-  Tensor partial = empty(x, {2, blocks, width}, ScalarType::Float);
+  Tensor partial = empty_floats(x, {2, blocks, width});
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const T *dys = data<T>(gradients), *xs = data<T>(inputs), *w = data<T>(weights);

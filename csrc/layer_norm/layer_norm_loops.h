@@ -4,7 +4,7 @@
 
 // The mean of n floats, and the square root's inverse of their variance + epsilon. What the sum lost to rounding is what
 // the mean of the differences from it is: it counts where the values are far from zero and close to one another.
-static inline void moments(const float* row, Float total, int64_t n, float epsilon, float* mean, float* rstd) {
+static MEGAGPT2_INLINE void moments(const float* row, Float total, int64_t n, float epsilon, float* mean, float* rstd) {
   const float center = sum(total) / (float)n;
   Float squares[4] = {}, differences[4] = {};
   int64_t i = 0;
@@ -26,13 +26,13 @@ static inline void moments(const float* row, Float total, int64_t n, float epsil
   *rstd = 1.0f / __builtin_sqrtf((variance < 0.0f ? 0.0f : variance) + epsilon);
 }
 
-static inline Float affine(Float x, float mean, float rstd, Float weight, Float bias) {
+static MEGAGPT2_INLINE Float affine(Float x, float mean, float rstd, Float weight, Float bias) {
   return (x - mean) * rstd * weight + bias;
 }
 
 // Meanwhile the row at `next` is fetched.
 template <typename T, typename To>
-static inline void normalize(
+static MEGAGPT2_INLINE void normalize(
     const float* row, const T* next, To y, const float* weight, const float* bias, float mean, float rstd, int64_t n) {
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
@@ -48,14 +48,14 @@ static inline void normalize(
 }
 
 template <typename T, typename To>
-static inline void forward_rows_to(
+static MEGAGPT2_INLINE void forward_rows_to(
     To y, const T* x, float* mean, float* rstd, const float* weight, const float* bias, int64_t rows, int64_t n,
     float epsilon, float* buffer) {
   epsilon = clean(epsilon);
   for (int64_t r = 0; r < rows; ++r, x += n, y = y + n) {
     Float totals[4] = {};
     int64_t i = 0;
-    const auto take = [&](Float* total) {
+    const auto take = [&](Float* total) MEGAGPT2_INLINED {
       const Pair part = load_pair(x + i);
       store(buffer + i, part.first);
       store(buffer + i + kWidth, part.second);
@@ -96,7 +96,7 @@ struct BackwardSums {
   Float gradient = {}, product = {};  // of dy * weight, and of that times the normalized x
 };
 
-static inline void backward_vector(
+static MEGAGPT2_INLINE void backward_vector(
     Float x, Float dy, Float weight, float mean, float rstd, float* normalized, float* gradient, BackwardSums* sums) {
   const Float xhat = (x - mean) * rstd, g = dy * weight;
   store(normalized, xhat);
@@ -109,7 +109,7 @@ static inline void backward_vector(
 //
 //     dx = rstd (g - mean(g) - xhat mean(g xhat)) + dz      g = dy weight     d weight = sum dy xhat     d bias = sum dy
 template <typename T, typename To>
-static inline void backward_rows_to(
+static MEGAGPT2_INLINE void backward_rows_to(
     To dx, const T* dy, const T* x, const T* dz, const float* mean, const float* rstd, const float* weight,
     float* d_weight, float* d_bias, int64_t rows, int64_t n, float* buffer) {
   float* normalized = buffer;

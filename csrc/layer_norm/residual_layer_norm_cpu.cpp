@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
   const Tensor weights = in_order_of_pairs(as_floats(weight), x.scalar_type());
   const Tensor norm_biases = in_order_of_pairs(as_floats(norm_bias), x.scalar_type());
   Tensor z = empty_contiguous_like(x), y = empty_contiguous_like(x);
-  Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
+  Tensor mean = empty_floats(x, {rows}), rstd = empty_floats(x, {rows});
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {
     using T = decltype(element);
     const auto add = MEGAGPT2_VARIANT(residual_row<T>);
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cpu(
         bits.for_each_piece(
             row, width, {inputs, skip, sums}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
               add(inputs + at, data<float>(biases) + at, skip + at, drawn, dropout.rows.threshold, dropout.rows.scale,
-                  sums + at, false, n);  // which is read again at once
+                  sums + at, false, n);  // which is read again at once; by way of a buffer it takes as long
             });
         normalize(
             sums, mutable_data<T>(y) + row * width, past, mutable_data<float>(mean) + row,

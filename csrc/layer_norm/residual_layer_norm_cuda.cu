@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_cuda(
   const Tensor from = packed(x), stream = packed(residual), biases = bias ? packed(*bias) : from;
   const Tensor weights = packed(weight), norm_biases = packed(norm_bias);
   Tensor z = empty_contiguous_like(x), y = empty_contiguous_like(x);
-  Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = empty(x, {rows}, ScalarType::Float);
+  Tensor mean = empty_floats(x, {rows}), rstd = empty_floats(x, {rows});
   if (x.numel() == 0) return {z, y, mean, rstd};
   const DeviceGuard guard(x.get_device_index());
   with_type(x.scalar_type(), [&, rows = rows, width = width](auto element) {

@@ -36,6 +36,13 @@ struct Strides {
   MEGAGPT2_HOST_DEVICE int64_t row(int64_t b, int64_t h, int64_t q) const { return b * batch + h * head + q * query; }
 };
 
+// The visible elements of a row that is worked on soon, on the CPU.
+template <typename T>
+struct Ahead {
+  const T* row;
+  int64_t n;
+};
+
 // What is dropped of a row's visible elements, on the CPU: those whose bits are below `threshold`; the others are
 // multiplied by `scale`. drawn: null where nothing is dropped.
 struct WeightDropout {

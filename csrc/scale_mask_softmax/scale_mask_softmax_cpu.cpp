@@ -17,7 +17,7 @@ namespace megagpt2 {
 namespace {
 
 constexpr int64_t kElementsPerTask = 16384;  // what is worth waking a thread for
-constexpr int64_t kMostLanes = 16;
+constexpr int64_t kMostOfPair = 32;
 constexpr int64_t kQueriesTogether = 16;
 
 // The query whose turn it is: groups are taken from both ends in turns, the first, the last, the second, ... Threads
@@ -29,15 +29,29 @@ int64_t query_of(int64_t turn, int64_t query) {
   return taken * kQueriesTogether + turn % kQueriesTogether;
 }
 
-// Calls row(number, b, h, q, task) for every row, `task` being what make_task() gave this thread.
+struct Place {
+  int64_t number, b, h, q;
+};
+
+// Calls row(place, ahead, task) for every row: `ahead` is where this thread is kRowsAhead rows later, `task` what
+// make_task() gave it.
+constexpr int64_t kRowsAhead = 2;
 template <typename MakeTask, typename Row>
 void for_each_row(const Scores& shape, const MakeTask& make_task, const Row& row) {
   const int64_t rows_per_task = std::max<int64_t>(kElementsPerTask / std::max<int64_t>(shape.key, 1), 1);
   torch::stable::parallel_for(0, shape.rows(), rows_per_task, [&](int64_t begin, int64_t end) {
-    auto task = make_task();
-    for (int64_t i = begin; i < end; ++i) {
+    const auto place = [&](int64_t i) {
+      i = std::min(i, end - 1);
       const int64_t head = i / shape.query, q = query_of(i % shape.query, shape.query);
-      row(head * shape.query + q, head / shape.heads, head % shape.heads, q, task);
+      return Place{head * shape.query + q, head / shape.heads, head % shape.heads, q};
+    };
+    auto task = make_task();
+    Place places[kRowsAhead + 1];
+    for (int64_t i = 0; i < kRowsAhead; ++i) places[i] = place(begin + i);
+    for (int64_t i = begin; i < end; ++i) {
+      places[kRowsAhead] = place(i + kRowsAhead);
+      row(places[0], places[kRowsAhead], task);
+      std::copy(places + 1, places + kRowsAhead + 1, places);
     }
   });
 }
@@ -76,19 +90,19 @@ void forward(
   T *results = mutable_data<T>(y), *undropped = mutable_data<T>(weights);
   const uint8_t* flags = mask ? data<uint8_t>(*mask) : nullptr;
   const Strides from = strides_of(scores), masks = mask ? strides_of(*mask) : Strides{};
-  const bool past = past_caches(2, results, shape.rows(), shape.key);
+  const int64_t tensors = dropout.samples ? 3 : 2;
+  const bool past = past_caches(tensors, results, shape.rows(), shape.key) &&
+      (!dropout.samples || past_caches(tensors, undropped, shape.rows(), shape.key));
   const auto make_buffers = [&] {
-    return Buffers{Buffer<float>(shape.key + kMostLanes), room_for(dropout), {}, Fence(past)};
+    return Buffers{Buffer<float>(shape.key + kMostOfPair), room_for(dropout), {}, Fence(past)};
   };
-  for_each_row(shape, make_buffers, [&](int64_t number, int64_t b, int64_t h, int64_t q, Buffers& buffers) {
-    const int64_t n = shape.visible(q), at = number * shape.key;
-    const uint8_t* hidden =
-        flags ? packed_flags(flags + masks.row(b, h, q), masks.key, n, buffers.flags) : nullptr;
-    const WeightDropout drop = draw(dropout, number, n, buffers.bits);
-    const T* row = x + from.row(b, h, q);
+  for_each_row(shape, make_buffers, [&](const Place& place, const Place& ahead, Buffers& buffers) {
+    const int64_t n = shape.visible(place.q), at = place.number * shape.key;
+    const uint8_t* hidden = flags ? packed_flags(flags + masks.row(place.b, place.h, place.q), masks.key, n, buffers.flags) : nullptr;
+    const WeightDropout drop = draw(dropout, place.number, n, buffers.bits);
     forward_row(
-        row, row + from.query, hidden, results + at, past, drop.drawn ? undropped + at : nullptr, n, shape.key,
-        exponent, buffers.row.data(), drop);
+        x + from.row(place.b, place.h, place.q), Ahead<T>{x + from.row(ahead.b, ahead.h, ahead.q), shape.visible(ahead.q)}, hidden, results + at, past,
+        drop.drawn ? undropped + at : nullptr, n, shape.key, exponent, buffers.row.data(), drop);
   });
 }
 
@@ -106,11 +120,12 @@ void backward(
     Fence fence;
   };
   const auto make_task = [&] { return Task{room_for(dropout), Fence(past)}; };
-  for_each_row(shape, make_task, [&](int64_t number, int64_t b, int64_t h, int64_t q, Task& task) {
-    const int64_t n = shape.visible(q);
+  for_each_row(shape, make_task, [&](const Place& place, const Place& ahead, Task& task) {
+    const int64_t n = shape.visible(place.q), m = shape.visible(ahead.q);
     backward_row(
-        gradients + from.row(b, h, q), p + kept.row(b, h, q), results + number * shape.key, past, n, shape.key,
-        scale, draw(dropout, number, n, task.bits));
+        gradients + from.row(place.b, place.h, place.q), p + kept.row(place.b, place.h, place.q), Ahead<T>{gradients + from.row(ahead.b, ahead.h, ahead.q), m},
+        Ahead<T>{p + kept.row(ahead.b, ahead.h, ahead.q), m}, results + place.number * shape.key, past, n, shape.key, scale,
+        draw(dropout, place.number, n, task.bits));
   });
 }
 

@@ -1,179 +1,203 @@
 // One row of softmax. x, y, weights, dy, dx: `key` elements, of which the first n are visible; the others are not read,
-// and 0 in every result. `buffer`: n floats, rounded up to whole vectors.
+// and 0 in every result. `buffer`: n floats, rounded up to whole pairs, in whose order they are.
 
-static inline int64_t at_most_a_vector(int64_t left) { return left < kWidth ? left : kWidth; }
-
-template <typename T>
-static inline void zero(T* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) x[i] = T{};
+// Calls pair(i, left, k) for every pair of n elements, which has its first `left` ones: kPair, but for the last. Sums of
+// pairs with other k's are made side by side, as many with any vectors, so that long rows are as exact with all of them.
+constexpr int kSideBySide = 32 / kPair;
+template <typename OfPair>
+static MEGAGPT2_INLINE void for_each_pair(int64_t n, const OfPair& pair) {
+  int64_t i = 0;
+  for (; i + kSideBySide * kPair <= n; i += kSideBySide * kPair)
+    for (int k = 0; k < kSideBySide; ++k) pair(i + k * kPair, (int64_t)kPair, k);
+  for (; i + kPair <= n; i += kPair) pair(i, (int64_t)kPair, 0);
+  if (i < n) pair(i, n - i, 0);
 }
 
-// The largest of sign * x over what is neither hidden nor past n; -inf where that is nothing. A NaN is left out here: it
-// shows in the exponentials.
+static MEGAGPT2_INLINE int64_t whole_pairs(int64_t n) { return (n + kPair - 1) / kPair * kPair; }
+
+// Brings those of `ahead` nearer that lie where pair(i, left) does, and after a row of n those beyond.
+template <typename T>
+static MEGAGPT2_INLINE void fetch_beside(Ahead<T> ahead, int64_t i) {
+  if (i < ahead.n) fetch_pair(ahead.row + i);
+}
+template <typename T>
+static MEGAGPT2_INLINE void fetch_beyond(Ahead<T> ahead, int64_t n) {
+  for (int64_t i = whole_pairs(n); i < ahead.n; i += kPair) fetch_pair(ahead.row + i);
+}
+
+static MEGAGPT2_INLINE float sum_of_pairs(Pair* totals) {
+  for (int k = 1; k < kSideBySide; ++k) totals[0] = totals[0] + totals[k];
+  return sum(totals[0].first + totals[0].second);
+}
+
+// y[from .. key) = 0, in pairs.
+template <typename To>
+static MEGAGPT2_INLINE void zero(To y, int64_t from, int64_t key) {
+  for (int64_t i = from; i < key; i += kPair) store_clean(y + i, Pair{}, key - i);
+}
+
+// sign * x, and -inf where it is hidden or not among the first `left`.
 template <bool masked, typename T>
-static inline float largest_score(const T* x, const uint8_t* hidden, int64_t n, float sign) {
-  const Float none = all(-__builtin_inff());
-  Float most[4] = {none, none, none, none};
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    for (int k = 0; k < 4; ++k) {
-      const int64_t j = i + k * kWidth;
-      Float score = load(x + j) * sign;
-      if (masked) score = choose(load_flags(hidden + j), none, score);
-      most[k] = greater(score, most[k]);
-    }
-  }
-  for (; i < n; i += kWidth) {
-    const int64_t left = at_most_a_vector(n - i);
-    Float score = choose(first_lanes(left), load(x + i, left) * sign, none);
-    if (masked) score = choose(load_flags(hidden + i, left), none, score);
-    most[0] = greater(score, most[0]);
-  }
-  return largest(greater(greater(most[0], most[1]), greater(most[2], most[3])));
+static MEGAGPT2_INLINE Pair visible_scores(const T* x, const uint8_t* hidden, int64_t i, int64_t left, float sign) {
+  const Pair none = all_of_pair(-__builtin_inff());
+  Pair scores = load_pair(x + i, left) * sign;
+  if (masked) scores = choose(load_flags_pair<T>(hidden + i, left), none, scores);
+  return left < kPair ? choose(first_of_pair<T>(left), scores, none) : scores;
 }
 
-// Sums of a row side by side: 32 with any vectors, so that long rows are as exact with all of them.
-constexpr int kChains = 32 / kWidth;
-
-// buffer = 2^(size * (sign * x - most)), 0 where it is hidden and after n; returns the sum. The largest comes out as 2^0,
-// however large the scores are. This is most of the work: meanwhile
-// the row at `next` is fetched, since half rows are too short for the processor to foresee.
+// The largest of them; -inf where there is none. A NaN is left out here: it shows in the exponentials.
 template <bool masked, typename T>
-static inline float exponentials(
-    const T* x, const T* next, const uint8_t* hidden, int64_t n, float sign, Factor size, float most, float* buffer) {
-  Float totals[kChains] = {};
-  int64_t i = 0;
-  for (; i + kChains * kWidth <= n; i += kChains * kWidth) {
-    for (int k = 0; k < kChains; ++k) {
-      const int64_t j = i + k * kWidth;
-      fetch(next, j);
-      Float e = power_of_two(load(x + j) * sign - most, size);
-      if (masked) e = choose(load_flags(hidden + j), Float{}, e);
-      store(buffer + j, e);
-      totals[k] += e;
-    }
-  }
-  for (; i < n; i += kWidth) {
-    const int64_t left = at_most_a_vector(n - i);
-    Float e = choose(first_lanes(left), power_of_two(load(x + i, left) * sign - most, size), Float{});
-    if (masked) e = choose(load_flags(hidden + i, left), Float{}, e);
-    store(buffer + i, e);
-    totals[0] += e;
-  }
-  for (int k = 1; k < kChains; ++k) totals[0] += totals[k];
-  return sum(totals[0]);
+static MEGAGPT2_INLINE float largest_score(const T* x, const uint8_t* hidden, int64_t n, float sign) {
+  Pair most[kSideBySide];
+  for (Pair& m : most) m = all_of_pair(-__builtin_inff());
+  for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED {
+    most[k] = greater(visible_scores<masked>(x, hidden, i, left, sign), most[k]);
+  });
+  for (int k = 1; k < kSideBySide; ++k) most[0] = greater(most[0], most[k]);
+  return largest(greater(most[0].first, most[0].second));
 }
 
-// The same past the caches, where nothing is dropped: y [key] = buffer * inverse, and 0 from n on, in whole vectors.
-template <typename T>
-static inline void normalize_past(const float* buffer, Past<T> y, int64_t n, int64_t key, float inverse) {
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store_clean(y + i, load(buffer + i) * inverse);
-  if (i < n) {
-    store_clean(y + i, choose(first_lanes(n - i), load(buffer + i) * inverse, Float{}));
-    i += kWidth;
-  }
-  for (; i < key; i += kWidth) store_clean(y + i, Float{});
+// buffer = 2^(size * (score - most)), which is 0 where the score is -inf and `most` is not; returns the sum. The largest
+// comes out as 2^0, however large the scores are. This is most of the work: meanwhile the scores of a row to come are fetched,
+// since half rows are too short for the processor to foresee.
+template <bool masked, typename T>
+static MEGAGPT2_INLINE float exponentials(
+    const T* x, Ahead<T> ahead, const uint8_t* hidden, int64_t n, float sign, Factor size, float most, float* buffer) {
+  Pair totals[kSideBySide] = {};
+  for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED {
+    fetch_beside(ahead, i);
+    const Pair below = visible_scores<masked>(x, hidden, i, left, sign) - most;
+    constexpr bool of_32_bits = sizeof(T) == 4;
+    const Pair e = {power_of_two<of_32_bits>(below.first, size), power_of_two<of_32_bits>(below.second, size)};
+    store(buffer + i, e.first);
+    store(buffer + i + kWidth, e.second);
+    totals[k] = totals[k] + e;
+  });
+  fetch_beyond(ahead, n);
+  return sum_of_pairs(totals);
 }
 
-// weights = buffer * inverse, and y what dropout leaves of them; one of both where nothing is dropped.
-template <typename T>
-static inline void normalize(
-    const float* buffer, T* y, T* weights, int64_t n, float inverse, const WeightDropout& dropout) {
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const int64_t left = n - i;
-    const Float p = load(buffer + i) * inverse;
-    if (!dropout.drawn) {
-      left >= kWidth ? store_clean(y + i, p) : store(y + i, p, left);
-    } else if (left >= kWidth) {
-      store(weights + i, p);
-      store(y + i, choose(load_drawn(dropout.drawn + i) >= dropout.threshold, p * dropout.scale, Float{}));
-    } else {
-      store(weights + i, p, left);
-      store(y + i, choose(load_drawn(dropout.drawn + i, left) >= dropout.threshold, p * dropout.scale, Float{}), left);
-    }
-  }
+// A pair of a row, whose end is `rest` elements away: zeros after its first `left`, whatever x has there.
+template <typename T, typename To>
+static MEGAGPT2_INLINE void store_visible(To y, Pair x, int64_t left, int64_t rest) {
+  if (left == kPair) return store_clean(y, x);
+  store_clean(y, choose(first_of_pair<T>(left), x, Pair{}), rest);
 }
 
-static inline bool all_hidden(const uint8_t* hidden, int64_t n) {
+// y = buffer * inverse.
+template <typename T, typename To>
+static MEGAGPT2_INLINE void normalize(const float* buffer, To y, int64_t n, int64_t key, float inverse) {
+  for_each_pair(n, [&](int64_t i, int64_t left, int) MEGAGPT2_INLINED {
+    store_visible<T>(y + i, Pair{load(buffer + i), load(buffer + i + kWidth)} * inverse, left, key - i);
+  });
+  zero(y, whole_pairs(n), key);
+}
+
+// The same for the weights, and for y, what dropout leaves of them.
+template <typename T, typename To>
+static MEGAGPT2_INLINE void normalize_and_drop(
+    const float* buffer, To y, To weights, int64_t n, int64_t key, float inverse, const WeightDropout& dropout) {
+  for_each_pair(n, [&](int64_t i, int64_t left, int) MEGAGPT2_INLINED {
+    const Pair p = Pair{load(buffer + i), load(buffer + i + kWidth)} * inverse;
+    store_visible<T>(weights + i, p, left, key - i);
+    const WordPair drawn = load_drawn_pair<T>(dropout.drawn + i, left);
+    const IntPair kept = {drawn.first >= dropout.threshold, drawn.second >= dropout.threshold};
+    store_visible<T>(y + i, choose(kept, p * dropout.scale, Pair{}), left, key - i);
+  });
+  zero(weights, whole_pairs(n), key);
+  zero(y, whole_pairs(n), key);
+}
+
+static MEGAGPT2_INLINE bool all_hidden(const uint8_t* hidden, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     if (!hidden[i]) return false;
   return true;
 }
 
-// next: where the next row probably is. hidden: `key` flags, or null. past: y is written past the caches, if it can be.
-template <typename T>
-void forward_row(
-    const T* x, const T* next, const uint8_t* hidden, T* y, bool past, T* weights, int64_t n, int64_t key,
+template <bool masked, typename T>
+static MEGAGPT2_INLINE void forward_row_of(
+    const T* x, Ahead<T> ahead, const uint8_t* hidden, T* y, bool past, T* weights, int64_t n, int64_t key,
     Exponent exponent, float* buffer, WeightDropout dropout) {
-  const float sign = exponent.sign;
-  const Factor size = {exponent.size, exponent.rest, -126.4f / exponent.size};
-  const float most = hidden ? largest_score<true>(x, hidden, n, sign) : largest_score<false>(x, hidden, n, sign);
-  if (n > 0 && hidden && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
+  const float most = largest_score<masked>(x, hidden, n, exponent.sign);
+  if (masked && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
+  float inverse = 0.0f;
   if (n > 0) {
-    const float total = hidden ? exponentials<true>(x, next, hidden, n, sign, size, most, buffer)
-                               : exponentials<false>(x, next, hidden, n, sign, size, most, buffer);
-    const float inverse = 1.0f / total;
-    if (past && !hidden && !dropout.drawn) return normalize_past(buffer, Past<T>{y}, n, key, inverse);
-    normalize(buffer, y, weights, n, inverse, dropout);
-    if (hidden && !(inverse < __builtin_inff())) {  // the row is NaN: what is hidden stays 0
-      for (int64_t i = 0; i < n; ++i) {
-        if (!hidden[i]) continue;
-        y[i] = T{};
-        if (dropout.drawn) weights[i] = T{};
-      }
+    const Factor size = {exponent.size, exponent.rest, -126.4f / exponent.size};
+    inverse = 1.0f / exponentials<masked>(x, ahead, hidden, n, exponent.sign, size, most, buffer);
+  }
+  if (dropout.drawn && past) {
+    normalize_and_drop<T>(buffer, Past<T>{y}, Past<T>{weights}, n, key, inverse, dropout);
+  } else if (dropout.drawn) {
+    normalize_and_drop<T>(buffer, y, weights, n, key, inverse, dropout);
+  } else if (past) {
+    normalize<T>(buffer, Past<T>{y}, n, key, inverse);
+  } else {
+    normalize<T>(buffer, y, n, key, inverse);
+  }
+  if (masked && !(inverse < __builtin_inff())) {  // the row is NaN: what is hidden stays 0
+    for (int64_t i = 0; i < n; ++i) {
+      if (!hidden[i]) continue;
+      y[i] = T{};
+      if (dropout.drawn) weights[i] = T{};
     }
   }
-  zero(y + n, key - n);
-  if (dropout.drawn) zero(weights + n, key - n);
+}
+
+// hidden: `key` flags, or null. past: the results are written past the caches.
+template <typename T>
+void forward_row(
+    const T* x, Ahead<T> ahead, const uint8_t* hidden, T* y, bool past, T* weights, int64_t n, int64_t key,
+    Exponent exponent, float* buffer, WeightDropout dropout) {
+  if (hidden) {
+    forward_row_of<true>(x, ahead, hidden, y, past, weights, n, key, exponent, buffer, dropout);
+  } else {
+    forward_row_of<false>(x, ahead, hidden, y, past, weights, n, key, exponent, buffer, dropout);
+  }
 }
 
 // The gradient of the weights p before dropout. It counts for nothing where p is 0, as a hidden weight is, whatever it is.
 template <typename T>
-static inline Float upstream(const T* dy, Float p, int64_t i, int64_t left, const WeightDropout& dropout) {
-  const Float g = choose(p == 0.0f, Float{}, left >= kWidth ? load(dy + i) : load(dy + i, left));
+static MEGAGPT2_INLINE Pair upstream(const T* dy, Pair p, int64_t i, int64_t left, const WeightDropout& dropout) {
+  const Pair g = choose(p == 0.0f, Pair{}, load_pair(dy + i, left));
   if (!dropout.drawn) return g;
-  const Word drawn = left >= kWidth ? load_drawn(dropout.drawn + i) : load_drawn(dropout.drawn + i, left);
-  return choose(drawn >= dropout.threshold, g * dropout.scale, Float{});
+  const WordPair drawn = load_drawn_pair<T>(dropout.drawn + i, left);
+  const IntPair kept = {drawn.first >= dropout.threshold, drawn.second >= dropout.threshold};
+  return choose(kept, g * dropout.scale, Pair{});
 }
 
-//     dx = scale p (g - sum(g p))      past: dx is written past the caches
+//     dx = scale p (g - sum(g p))
+template <typename T, typename To>
+static MEGAGPT2_INLINE void backward_row_to(
+    To dx, const T* dy, const T* weights, Ahead<T> dy_ahead, Ahead<T> weights_ahead, int64_t n, int64_t key, float scale,
+    const WeightDropout& dropout) {
+  Pair totals[kSideBySide] = {};
+  for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED {
+    fetch_beside(dy_ahead, i);
+    fetch_beside(weights_ahead, i);
+    const Pair p = load_pair(weights + i, left);
+    totals[k] = totals[k] + upstream(dy, p, i, left, dropout) * p;
+  });
+  fetch_beyond(dy_ahead, n);
+  fetch_beyond(weights_ahead, n);
+  const float product = sum_of_pairs(totals);
+  const bool finite = product - product == 0.0f;  // else 0 weights need care: 0 times infinity is NaN
+  for_each_pair(n, [&](int64_t i, int64_t left, int) MEGAGPT2_INLINED {
+    const Pair p = load_pair(weights + i, left);
+    const Pair d = (upstream(dy, p, i, left, dropout) - product) * p * scale;
+    store_clean(dx + i, finite && left == kPair ? d : choose(p == 0.0f, Pair{}, d), key - i);
+  });
+  zero(dx, whole_pairs(n), key);
+}
+
+// past: dx is written past the caches.
 template <typename T>
 void backward_row(
-    const T* dy, const T* weights, T* dx, bool past, int64_t n, int64_t key, float scale, WeightDropout dropout) {
-  Float totals[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-    for (int k = 0; k < 4; ++k) {
-      const int64_t j = i + k * kWidth;
-      const Float p = load(weights + j);
-      totals[k] += upstream(dy, p, j, kWidth, dropout) * p;
-    }
-  }
-  for (; i < n; i += kWidth) {
-    const int64_t left = at_most_a_vector(n - i);
-    const Float p = load(weights + i, left);
-    totals[0] += upstream(dy, p, i, left, dropout) * p;
-  }
-  const float product = sum((totals[0] + totals[1]) + (totals[2] + totals[3]));
-  const bool finite = product - product == 0.0f;  // else 0 weights need care: 0 times infinity is NaN
-  const auto gradient = [&](int64_t at, int64_t left) {
-    const Float p = left == kWidth ? load(weights + at) : load(weights + at, left);
-    const Float d = (upstream(dy, p, at, left, dropout) - product) * p * scale;
-    return finite ? d : choose(p == 0.0f, Float{}, d);
-  };
-  i = 0;
+    const T* dy, const T* weights, Ahead<T> dy_ahead, Ahead<T> weights_ahead, T* dx, bool past, int64_t n, int64_t key,
+    float scale, WeightDropout dropout) {
+  scale = clean(scale);
   if (past) {
-    const Past<T> to{dx};
-    for (; i + kWidth <= n; i += kWidth) store(to + i, gradient(i, kWidth));
-    if (i < n) {
-      store(to + i, choose(first_lanes(n - i), gradient(i, n - i), Float{}));
-      i += kWidth;
-    }
-    for (; i < key; i += kWidth) store(to + i, Float{});
-    return;
+    backward_row_to(Past<T>{dx}, dy, weights, dy_ahead, weights_ahead, n, key, scale, dropout);
+  } else {
+    backward_row_to(dx, dy, weights, dy_ahead, weights_ahead, n, key, scale, dropout);
   }
-  for (; i + kWidth <= n; i += kWidth) store(dx + i, gradient(i, kWidth));
-  if (i < n) store(dx + i, gradient(i, n - i), n - i);
-  zero(dx + n, key - n);
 }

@@ -1,14 +1,14 @@
 // n sums, each of whose float32 has its upper half in `high` and its lower half in `low`.
 
 template <typename X>
-static inline void add_vector(uint16_t* high, uint16_t* low, const X* x) {
+static MEGAGPT2_INLINE void add_vector(uint16_t* high, uint16_t* low, const X* x) {
   const Word sums = bits(floats((widen(high) << 16) | widen(low)) + load(x));
   narrow(high, sums >> 16);
   narrow(low, sums & 0xFFFFu);
 }
 
 template <typename T>
-static inline void round_vector(uint16_t* high, const uint16_t* low, float scale) {
+static MEGAGPT2_INLINE void round_vector(uint16_t* high, const uint16_t* low, float scale) {
   const Float x = floats((widen(high) << 16) | widen(low)) * scale;
   store((T*)high, choose(x != x, all(__builtin_nanf("")), x));  // terms in fp32 may bring any NaN
 }
