@@ -370,28 +370,20 @@ static MEGAGPT2_INLINE float largest(Float x) {
   return even > odd ? even : odd;
 }
 
-// e^r for |r| <= log(2) / 2 by its Taylor polynomial, with coefficients for least error (Cephes).
-static MEGAGPT2_INLINE Float small_exponential(Float r) {
-  Float p = all(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return p * (r * r) + r + 1.0f;
+// Calls pair(i, left, k) for every pair of n elements, which has its first `left` ones: kPair, but for the last. Sums of
+// pairs with other k's are made side by side, as many with any vectors, so that long rows are as exact with all of them.
+constexpr int kSideBySide = 32 / kPair;
+template <typename OfPair>
+static MEGAGPT2_INLINE void for_each_pair(int64_t n, const OfPair& pair) {
+  int64_t i = 0;
+  for (; i + kSideBySide * kPair <= n; i += kSideBySide * kPair)
+    for (int k = 0; k < kSideBySide; ++k) pair(i + k * kPair, (int64_t)kPair, k);
+  for (; i + kPair <= n; i += kPair) pair(i, (int64_t)kPair, 0);
+  if (i < n) pair(i, n - i, 0);
 }
-
-// e^x to 1 unit in the last place: x = n log 2 + r. Below -87.3 it is 0, above 88.7 infinity; a NaN stays.
-static MEGAGPT2_INLINE Float exponential(Float x) {
-  const Float shift = all(0x1.8p23f);  // adding it rounds to an integer, which is in the low bits then
-  const Float clamped = greater(lesser(x, all(88.8f)), all(-87.4f));
-  const Float scaled = clamped * 1.44269504088896341f + shift;
-  const Float n = scaled - shift;
-  const Float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  const Word whole = bits(scaled) << 23;  // n, where the exponent is
-  const Float result = floats(bits(small_exponential(r)) + whole);
-  const Float limited = choose(x > 88.72283f, all(__builtin_inff()), choose(x < -87.3365f, Float{}, result));
-  return choose(x != x, x, limited);
+static MEGAGPT2_INLINE float sum_of_pairs(Pair* totals) {
+  for (int k = 1; k < kSideBySide; ++k) totals[0] = totals[0] + totals[k];
+  return sum(totals[0].first + totals[0].second);
 }
 
 // x factor - n for the integer n that is nearest to the product, which isn't rounded on the way. Processors do it at once;
@@ -406,21 +398,29 @@ static MEGAGPT2_INLINE Float product_minus(Float x, float factor, Float n) {
 #endif
 }
 
-// A factor of 32 bits and what rounding left of it; smallest: by which it is -126.4.
+// Exponentials come in two degrees of exactness, by what their results become: numbers of 32 bits, to about 1 unit in the
+// last place, or of 16, to 1e-5 of themselves.
+template <typename T>
+constexpr bool kOf32Bits = sizeof(T) == 4;
+
+// A factor of 32 bits and what rounding left of it.
 struct Factor {
-  float value, rest, smallest;
+  float value, rest;
 };
-// 2^(x factor) for a product that is 0 or below, or hardly above; 0 where it is below -126.4. A NaN stays. x factor = n + r,
-// |r| <= 1/2, never rounded as a whole; 2^r by the polynomial of least relative error whose constant is 1. Of degree 6 it
-// is right to about 1 unit in the last place; where 16 bits are to be left of it, of degree 4, to 1e-5.
+// A power of two in two parts: 2^r for |r| <= 1/2, by the polynomial of least relative error whose constant is 1, and n +
+// 127 in the lowest bits of `whole`.
+struct Power {
+  Float fraction;
+  Word whole;
+};
+// 2^(x factor), x factor = n + r, which is never rounded as a whole.
 template <bool of_32_bits>
-static MEGAGPT2_INLINE Float power_of_two(Float x, Factor factor) {
-  const Float shift = all(0x1.8p23f + 127.0f);  // the low bits are 127 + n: 2^n, moved to where the exponent is
-  const Float clamped = greater(all(factor.smallest), x);
-  const Float scaled = clamped * factor.value + shift;
-  Float r = product_minus(clamped, factor.value, scaled - shift), p;
+static MEGAGPT2_INLINE Power power(Float x, Factor factor) {
+  const Float shift = all(0x1.8p23f + 127.0f);  // adding it rounds to an integer, which is in the lowest bits then
+  const Float scaled = x * factor.value + shift;
+  Float r = product_minus(x, factor.value, scaled - shift), p;
   if (of_32_bits) {
-    r = clamped * factor.rest + r;
+    r = x * factor.rest + r;
     p = all(1.55946778e-4f);
     p = p * r + 1.34066434e-3f;
     p = p * r + 9.61769279e-3f;
@@ -433,6 +433,30 @@ static MEGAGPT2_INLINE Float power_of_two(Float x, Factor factor) {
     p = p * r + 2.40240988e-1f;
     p = p * r + 6.93124193e-1f;
   }
-  p = p * r + 1.0f;
-  return choose(x < factor.smallest, Float{}, p * floats(bits(scaled) << 23));
+  return {p * r + 1.0f, bits(scaled)};
+}
+
+// 2^(x factor) for a product that is 0 or below, or hardly above; 0 where x is below `smallest`, at which the product is
+// -126.4. A NaN stays.
+template <bool of_32_bits>
+static MEGAGPT2_INLINE Float power_of_two(Float x, Factor factor, float smallest) {
+  const Power found = power<of_32_bits>(greater(all(smallest), x), factor);
+  return choose(x < smallest, Float{}, found.fraction * floats(found.whole << 23));
+}
+
+constexpr Factor kLog2E = {1.44269502162933349609375f, 1.92596299112661746887e-8f};
+
+// e^x, for an x that is 0 or below, or hardly above; 0 below -87.6.
+template <bool of_32_bits>
+static MEGAGPT2_INLINE Float exponential_below(Float x) {
+  return power_of_two<of_32_bits>(x, kLog2E, -87.6f);
+}
+
+// e^x. Below -87.3 it is 0, above 88.7 infinity; a NaN stays.
+template <bool of_32_bits>
+static MEGAGPT2_INLINE Float exponential(Float x) {
+  const Power found = power<of_32_bits>(greater(all(-87.4f), lesser(all(88.8f), x)), kLog2E);
+  const Float result = floats(bits(found.fraction) + ((found.whole - 127u) << 23));
+  const Float limited = choose(x > 88.72283f, all(__builtin_inff()), choose(x < -87.3365f, Float{}, result));
+  return choose(x != x, x, limited);
 }

@@ -4,30 +4,29 @@ constexpr int64_t kPiece = 2048;  // logits whose maximum and exponentials are m
 
 template <typename T>
 static MEGAGPT2_INLINE float largest_of(const T* x, int64_t n) {
-  const float infinity = __builtin_inff();
-  Float peaks[4] = {all(-infinity), all(-infinity), all(-infinity), all(-infinity)};
+  const Pair none = all_of_pair(-__builtin_inff());
+  Pair peaks[2] = {none, none};
   int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int k = 0; k < 4; ++k) peaks[k] = greater(load(x + i + k * kWidth), peaks[k]);
-  for (; i + kWidth <= n; i += kWidth) peaks[0] = greater(load(x + i), peaks[0]);
-  if (i < n) peaks[1] = greater(load(x + i, n - i, -infinity), peaks[1]);
-  return largest(greater(greater(peaks[0], peaks[1]), greater(peaks[2], peaks[3])));
+  for (; i + 2 * kPair <= n; i += 2 * kPair)
+    for (int k = 0; k < 2; ++k) peaks[k] = greater(load_pair(x + i + k * kPair), peaks[k]);
+  for (; i < n; i += kPair) {
+    const int64_t left = n - i;
+    peaks[0] = greater(choose(first_of_pair<T>(left), load_pair(x + i, left), none), peaks[0]);
+  }
+  const Pair found = greater(peaks[0], peaks[1]);
+  return largest(greater(found.first, found.second));
 }
 
+// The loss is a number of 32 bits, whatever the logits are.
 template <typename T>
 static MEGAGPT2_INLINE float sum_of_exponentials(const T* x, int64_t n, float peak) {
-  Float sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kWidth <= n; i += 4 * kWidth)
-    for (int k = 0; k < 4; ++k) sums[k] += exponential(load(x + i + k * kWidth) - peak);
-  for (; i + kWidth <= n; i += kWidth) sums[0] += exponential(load(x + i) - peak);
-  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  if (i < n) {
-    float part[kWidth];
-    store(part, exponential(load(x + i, n - i) - peak));
-    for (int64_t k = 0; k < n - i; ++k) total += part[k];
-  }
-  return total;
+  Pair totals[kSideBySide] = {};
+  for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED {
+    const Pair below = load_pair(x + i, left) - peak;
+    const Pair e = {exponential_below<true>(below.first), exponential_below<true>(below.second)};
+    totals[k] = totals[k] + (left < kPair ? choose(first_of_pair<T>(left), e, Pair{}) : e);
+  });
+  return sum_of_pairs(totals);
 }
 
 // The sum is kept relative to the largest logit so far: a larger one scales it down (Milakov and Gimelshein 2018, "Online
@@ -43,7 +42,7 @@ void statistics_rows(
       const int64_t n = words - i < kPiece ? words - i : kPiece;
       const float found = largest_of(logits + i, n);
       if (found > peak) {
-        sums *= exponential(all(peak - found))[0];
+        sums *= exponential_below<true>(all(peak - found))[0];
         peak = found;
       }
       sums += sum_of_exponentials(logits + i, n, peak == -infinity ? 0.0f : peak);
@@ -60,14 +59,16 @@ void gradient_rows(
     T* logits, const int64_t* targets, const float* maximum, const float* normalizer, int64_t rows, int64_t width,
     int64_t first, int64_t words, float factor) {
   for (int64_t r = 0; r < rows; ++r, logits += width) {
-    const float peak = maximum[r], scale = factor / normalizer[r];
+    const float peak = clean(maximum[r]), scale = clean(factor / normalizer[r]);
     const int64_t word = targets[r] - first;
     const bool mine = word >= 0 && word < words;
     const Float kept = mine ? load(logits + word, 1) : Float{};  // the 1 is subtracted before the rounding to T
-    int64_t i = 0;
-    for (; i + kWidth <= words; i += kWidth) store(logits + i, exponential(load(logits + i) - peak) * scale);
-    if (i < words) store(logits + i, exponential(load(logits + i, words - i) - peak) * scale, words - i);
-    if (mine) store(logits + word, exponential(kept - peak) * scale - factor, 1);
-    for (i = words; i < width; ++i) logits[i] = T{};
+    for_each_pair(words, [&](int64_t i, int64_t left, int) MEGAGPT2_INLINED {
+      const Pair below = load_pair(logits + i, left) - peak;
+      const Pair e = {exponential_below<kOf32Bits<T>>(below.first), exponential_below<kOf32Bits<T>>(below.second)};
+      store_clean(logits + i, e * scale, left);
+    });
+    if (mine) store(logits + word, exponential_below<kOf32Bits<T>>(kept - peak) * scale - factor, 1);
+    for (int64_t i = words; i < width; ++i) logits[i] = T{};
   }
 }

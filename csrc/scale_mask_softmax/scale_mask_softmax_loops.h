@@ -1,18 +1,6 @@
 // One row of softmax. x, y, weights, dy, dx: `key` elements, of which the first n are visible; the others are not read,
 // and 0 in every result. `buffer`: n floats, rounded up to whole pairs, in whose order they are.
 
-// Calls pair(i, left, k) for every pair of n elements, which has its first `left` ones: kPair, but for the last. Sums of
-// pairs with other k's are made side by side, as many with any vectors, so that long rows are as exact with all of them.
-constexpr int kSideBySide = 32 / kPair;
-template <typename OfPair>
-static MEGAGPT2_INLINE void for_each_pair(int64_t n, const OfPair& pair) {
-  int64_t i = 0;
-  for (; i + kSideBySide * kPair <= n; i += kSideBySide * kPair)
-    for (int k = 0; k < kSideBySide; ++k) pair(i + k * kPair, (int64_t)kPair, k);
-  for (; i + kPair <= n; i += kPair) pair(i, (int64_t)kPair, 0);
-  if (i < n) pair(i, n - i, 0);
-}
-
 static MEGAGPT2_INLINE int64_t whole_pairs(int64_t n) { return (n + kPair - 1) / kPair * kPair; }
 
 // Brings those of `ahead` nearer that lie where pair(i, left) does, and after a row of n those beyond.
@@ -23,11 +11,6 @@ static MEGAGPT2_INLINE void fetch_beside(Ahead<T> ahead, int64_t i) {
 template <typename T>
 static MEGAGPT2_INLINE void fetch_beyond(Ahead<T> ahead, int64_t n) {
   for (int64_t i = whole_pairs(n); i < ahead.n; i += kPair) fetch_pair(ahead.row + i);
-}
-
-static MEGAGPT2_INLINE float sum_of_pairs(Pair* totals) {
-  for (int k = 1; k < kSideBySide; ++k) totals[0] = totals[0] + totals[k];
-  return sum(totals[0].first + totals[0].second);
 }
 
 // y[from .. key) = 0, in pairs.
@@ -63,12 +46,14 @@ static MEGAGPT2_INLINE float largest_score(const T* x, const uint8_t* hidden, in
 template <bool masked, typename T>
 static MEGAGPT2_INLINE float exponentials(
     const T* x, Ahead<T> ahead, const uint8_t* hidden, int64_t n, float sign, Factor size, float most, float* buffer) {
+  const float smallest = -126.4f / size.value;
   Pair totals[kSideBySide] = {};
   for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED {
     fetch_beside(ahead, i);
     const Pair below = visible_scores<masked>(x, hidden, i, left, sign) - most;
-    constexpr bool of_32_bits = sizeof(T) == 4;
-    const Pair e = {power_of_two<of_32_bits>(below.first, size), power_of_two<of_32_bits>(below.second, size)};
+    const Pair e = {
+        power_of_two<kOf32Bits<T>>(below.first, size, smallest),
+        power_of_two<kOf32Bits<T>>(below.second, size, smallest)};
     store(buffer + i, e.first);
     store(buffer + i + kWidth, e.second);
     totals[k] = totals[k] + e;
@@ -122,7 +107,7 @@ static MEGAGPT2_INLINE void forward_row_of(
   if (masked && most == -__builtin_inff() && all_hidden(hidden, n)) n = 0;
   float inverse = 0.0f;
   if (n > 0) {
-    const Factor size = {exponent.size, exponent.rest, -126.4f / exponent.size};
+    const Factor size = {exponent.size, exponent.rest};
     inverse = 1.0f / exponentials<masked>(x, ahead, hidden, n, exponent.sign, size, most, buffer);
   }
   if (dropout.drawn && past) {

@@ -27,7 +27,7 @@ The matrix products are torch's. Between them csrc/cross_entropy passes twice ov
     cross_entropy_gradient_     reads them and writes d logits in their place
 
 Beside the gradients that it returns it holds one chunk of logits and, for 16-bit weights, the lower halves of the fp32
-sum that becomes d W (see split_sum): 38 MB + 161 MB for GPT-2 1542M in bf16, 75 MB in fp32, for any number of tokens.
+sum that becomes d W (see split_sum): 50 MB + 161 MB for GPT-2 1542M in bf16, 100 MB in fp32, for any number of tokens.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ Reduce = Callable[[Tensor], Tensor]
 # break_even.py), two threads: 1.8 to 5.7 with 16 words or more, 0.9 to 4.5 with 4, 0.4 to 2.8 with one.
 WORTH = Worth(narrowest=16)
 
-# Logits at a time: 375 tokens of 50,304 words, 38 MB in 16 bits. A chunk reads W twice and reads and writes d W: with
-# more tokens that matters less beside its matrix products.
-_CHUNK_ELEMENTS = 18 << 20
+# Logits at a time: 496 tokens of 50,304 words, 50 MB in 16 bits. A chunk reads W twice and reads and writes d W: with
+# more tokens that matters less beside its matrix products. Whole blocks of tokens are what these are made of.
+_CHUNK_ELEMENTS, _TOKENS_OF_A_BLOCK = 24 << 20, 16
 # Elements at a time of a matrix product in 16 bits that is on its way into d W, or of which torch makes an fp32 copy on
 # a CPU: 6 MB there. A GPU gets a product worth starting, 17 MB in fp32: its L2 cache still has it when it is added.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 22
@@ -127,10 +127,11 @@ def _local(targets: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
 
 
 def _tokens_at_a_time(tokens: int, rows: int) -> int:
-    """Tokens of a chunk: all chunks are about as large, the same on every rank."""
+    """Tokens of a chunk: all chunks are about as large, the same on every rank, and whole blocks where there is room."""
     most = max(1, _CHUNK_ELEMENTS // rows)
-    chunks = max(1, -(-tokens // most))
-    return max(1, -(-tokens // chunks))
+    block = _TOKENS_OF_A_BLOCK if most >= _TOKENS_OF_A_BLOCK else 1
+    chunks = max(1, -(-tokens // (most // block * block)))
+    return max(1, -(-tokens // (chunks * block)) * block)
 
 
 def _blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
