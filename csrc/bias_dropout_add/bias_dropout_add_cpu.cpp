@@ -11,6 +11,11 @@
 #include "common/variants.h"
 
 namespace megagpt2 {
+namespace {
+
+constexpr int64_t kRowsAhead = 2;  // of the row that is worked on: sums over rows wait for the memory alone
+
+}  // namespace
 
 Tensor bias_dropout_add_cpu(
     Tensor x, std::optional<Tensor> bias, Tensor residual, std::optional<Tensor> samples, int64_t key0, int64_t key1,
@@ -62,11 +67,12 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward_cpu(
     sums.run(make_task, [&](Task& task, int64_t first, int64_t count, float* d_bias) {
       for (int64_t row = first; row < first + count; ++row) {
         const T* from = data<T>(gradients) + row * width;
+        const T* ahead = from + (row + kRowsAhead < rows ? kRowsAhead * width : 0);
         T* to = samples ? mutable_data<T>(dx) + row * width : nullptr;
         const T* fetched = past ? nullptr : to;
         task.bits.for_each_piece(row, width, {from, fetched}, [&](int64_t at, const uint16_t* drawn, int64_t n) {
           backward(
-              from + at, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? to + at : nullptr, past,
+              from + at, ahead + at, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? to + at : nullptr, past,
               d_bias + at, n);
         });
       }

@@ -40,9 +40,10 @@ static MEGAGPT2_INLINE void residual_row(
 
 template <typename T, typename To>
 static MEGAGPT2_INLINE void residual_backward_row_to(
-    To dx, const T* dz, const uint16_t* drawn, uint32_t threshold, float scale, float* d_bias, int64_t n) {
+    To dx, const T* dz, const T* ahead, const uint16_t* drawn, uint32_t threshold, float scale, float* d_bias, int64_t n) {
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
+    fetch_pair(ahead + i);
     Pair d = load_pair(dz + i);
     if (drawn) {
       const WordPair words = load_drawn_pair<T>(drawn + i);
@@ -64,10 +65,11 @@ static MEGAGPT2_INLINE void residual_backward_row_to(
 }
 
 // dx = dropout(dz), and d_bias [n], in the order of pairs of T, grows by it. Without drawn bits dx is dz, and is not
-// written: it may be null.
+// written: it may be null. What lies at `ahead` is fetched meanwhile.
 template <typename T>
 static MEGAGPT2_INLINE void residual_backward_row(
-    const T* dz, const uint16_t* drawn, uint32_t threshold, float scale, T* dx, bool past, float* d_bias, int64_t n) {
-  past ? residual_backward_row_to(Past<T>{dx}, dz, drawn, threshold, scale, d_bias, n)
-       : residual_backward_row_to(dx, dz, drawn, threshold, scale, d_bias, n);
+    const T* dz, const T* ahead, const uint16_t* drawn, uint32_t threshold, float scale, T* dx, bool past, float* d_bias,
+    int64_t n) {
+  past ? residual_backward_row_to(Past<T>{dx}, dz, ahead, drawn, threshold, scale, d_bias, n)
+       : residual_backward_row_to(dx, dz, ahead, drawn, threshold, scale, d_bias, n);
 }

@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward_
         T* dropped = samples ? mutable_data<T>(dx) + at : nullptr;
         const T* fetched = past ? nullptr : dropped;
         task.bits.for_each_piece(row, width, {fetched}, [&](int64_t i, const uint16_t* drawn, int64_t n) {
-          add(to + i, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? dropped + i : nullptr, past,
+          add(to + i, to + i, drawn, dropout.rows.threshold, dropout.rows.scale, samples ? dropped + i : nullptr, past,
               part + 2 * width + i, n);
         });
       }

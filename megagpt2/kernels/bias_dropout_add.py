@@ -25,8 +25,8 @@ from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 
 # Where nothing is dropped (else the reference is slower everywhere). Times as fast as torch on a CPU, two threads,
-# forward and with backward (tools/bench/break_even.py): 0.8 to 1.4 at 1,048,576 elements, 1.1 to 1.9 at 4,194,304, of
-# rows of 64 or more; of rows of 16 in fp32 0.7 to 0.9 there, of one element 0.05.
+# forward and with backward (tools/bench/break_even.py): 0.6 to 2.0 at 1,048,576 elements, 1.0 to 2.2 at 4,194,304, of
+# rows of 64 or more; of rows of 16 in fp32 0.2 to 0.4 there, of one element 0.05.
 WORTH = Worth(fewest=2**21, narrowest=64)
 
 

@@ -23,10 +23,10 @@ from megagpt2.kernels.derivatives import last_derivative
 from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 
-# Times as fast as torch on a CPU, two threads, forward and with backward (tools/bench/break_even.py): 0.6 to 0.8 at
-# 16,384 elements, 0.8 to 1.3 at 65,536, 1.2 to 3.5 at 262,144 of rows of 16 or more; rows of 4 with backward 0.8 to
-# 1.2 at any size, of one element 0.2.
-WORTH = Worth(fewest=2**17, narrowest=16)
+# Times as fast as torch on a CPU, two threads, forward and with backward (tools/bench/break_even.py): 0.8 to 1.5 at
+# 16,384 elements, 1.2 to 2.8 at 65,536, 1.7 to 4.0 at 262,144 of rows of 16 or more; rows of 4 with backward 0.7 to
+# 1.2 from there on, of one element 0.2.
+WORTH = Worth(fewest=2**16, narrowest=16)
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from megagpt2.kernels.split_sum import split_sum_add_, split_sum_round_
 Reduce = Callable[[Tensor], Tensor]
 
 # Both passes over logits. Times as fast as the references on a CPU, which keep the same contract (tools/bench/
-# break_even.py), two threads: 1.8 to 5.7 with 16 words or more, 0.9 to 4.5 with 4, 0.4 to 2.8 with one.
+# break_even.py), two threads: 1.1 to 13 with 16 words or more, 0.7 to 3.1 with 4, 0.3 to 1.9 with one.
 WORTH = Worth(narrowest=16)
 
 # Logits at a time: 496 tokens of 50,304 words, 50 MB in 16 bits. A chunk reads W twice and reads and writes d W: with
@@ -127,7 +127,7 @@ def _local(targets: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
 
 
 def _tokens_at_a_time(tokens: int, rows: int) -> int:
-    """Tokens of a chunk: all chunks are about as large, the same on every rank, and whole blocks where there is room."""
+    """Tokens of a chunk: chunks are about as large, the same on every rank, and whole blocks where there is room."""
     most = max(1, _CHUNK_ELEMENTS // rows)
     block = _TOKENS_OF_A_BLOCK if most >= _TOKENS_OF_A_BLOCK else 1
     chunks = max(1, -(-tokens // (most // block * block)))
@@ -165,10 +165,10 @@ def _losses(
     return normalizer.log() - target, largest, normalizer
 
 
-def _add_product(d_weight: Tensor, low: Tensor | None, d_logits: Tensor, hidden: Tensor) -> None:
-    """d weight += d logits^T hidden, in fp32: d weight's own, or that of split_sum's halves."""
+def _add_product(d_weight: Tensor, low: Tensor | None, d_logits: Tensor, hidden: Tensor, first: bool) -> None:
+    """d weight += d logits^T hidden, in fp32: d weight's own, or that of split_sum's halves, zeros at first."""
     if low is None:
-        d_weight.addmm_(d_logits.T, hidden)
+        torch.addmm(d_weight, d_logits.T, hidden, beta=0.0 if first else 1.0, out=d_weight)
         return
     for block in _blocks(*d_weight.shape, hidden.device):
         split_sum_add_(d_weight[block], low[block], _product(d_logits[:, block], hidden))
@@ -228,7 +228,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         space = hidden.new_empty(ctx.step, len(weight))
         parts = hidden.split(ctx.step)
         d_parts = [None] * len(parts) if d_hidden is None else d_hidden.split(ctx.step)
-        for h, d_h, t in zip(parts, d_parts, targets.split(ctx.step), strict=True):
+        for number, (h, d_h, t) in enumerate(zip(parts, d_parts, targets.split(ctx.step), strict=True)):
             logits = _logits(h, weight, space)  # [n, rows]
             losses, largest, normalizer = _losses(logits, t, first, rows, maximum, total)
             loss += losses.sum()
@@ -236,7 +236,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             if d_h is not None:
                 torch.mm(logits, weight, out=d_h)
             if d_weight is not None:
-                _add_product(d_weight, low, logits, h)
+                _add_product(d_weight, low, logits, h, first=number == 0)
         ctx.save_for_backward(d_hidden, d_weight, low)
         return loss / len(hidden)
 
@@ -268,11 +268,12 @@ class _HeadCrossEntropy(torch.autograd.Function):
 def _gradients(
     hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Room for d hidden, zeros for d weight and for the lower halves of its sum: None for what nobody wants."""
+    """Room for d hidden and for d weight's sum, in 16 bits with its lower halves: None for what nobody wants."""
+    halves = weight.element_size() == 2
     return (
         hidden.new_empty(hidden.shape) if for_hidden else None,
-        weight.new_zeros(weight.shape) if for_weight else None,
-        weight.new_zeros(weight.shape, dtype=torch.int16) if for_weight and weight.element_size() == 2 else None,
+        (weight.new_zeros if halves else weight.new_empty)(weight.shape) if for_weight else None,
+        weight.new_zeros(weight.shape, dtype=torch.int16) if for_weight and halves else None,
     )
 
 

@@ -25,8 +25,8 @@ from megagpt2.kernels.derivatives import last_derivative
 from megagpt2.kernels.extension import EXTENSION, Worth
 from megagpt2.kernels.fakes import contiguous_like
 
-# Times as fast as torch on a CPU, two threads, forward and with backward (tools/bench/break_even.py): 0.6 to 1.1 at
-# 262,144 elements, at 1,048,576 1.1 to 1.5 in bf16 and 0.8 to 1.1 in fp32, at 4,194,304 1.2 to 1.7 and 0.9 to 1.2.
+# Times as fast as torch on a CPU, two threads, forward and with backward (tools/bench/break_even.py): 0.6 to 1.4 at
+# 262,144 elements, at 1,048,576 1.2 to 2.1 in bf16 and 0.7 to 1.6 in fp32, at 4,194,304 1.4 to 2.3 and 0.9 to 1.6.
 WORTH = Worth(fewest=2**21, narrowest=64)
 
 

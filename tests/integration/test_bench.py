@@ -18,9 +18,9 @@ from tools.sections import marks
 # name -> what makes it small
 SMALL = {
     "attention": ["--tokens", "32", "--lengths", "16"],
-    "break_even": ["--most", "1024"], "checkpoint": ["--layers", "1"],
+    "break_even": ["--most", "1024"], "checkpoint": ["--layers", "1", "--width", "64"],
     "dropout": ["--elements", "8000"], "kernels": ["--small"],
-    "replicas": ["--layers", "1"],
+    "replicas": ["--layers", "1", "--width", "64"],
 }
 
 

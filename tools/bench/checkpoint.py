@@ -1,7 +1,7 @@
 """Saving: how long training stands still for a checkpoint, beside a blocking torch.save of the same state, and how
 much of training is lost until the checkpoint is complete.
 
-GPT-2's 117M (or --layers of it) in one process, fp32: weights and Adam's moments, 1.5 GB. The stall is the time that
+GPT-2's 117M (or a smaller one) in one process, fp32: weights and Adam's moments, 1.5 GB. The stall is the time that
 the loop is held: to note what there is, and before the next update if the copy is not made by then. What is lost is how
 much longer the steps take that run while the checkpoint is copied, hashed, written and synced. torch.save neither
 hashes nor syncs.
@@ -18,14 +18,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from common import Row, arguments, preset_117m, report
+from common import Row, add_size, arguments, preset_117m, report
 
 from tests.support.pool import Pool
 
 LEAST = 20  # times as long as ours training stands still for torch.save, at least
 
 
-def timed(layers: int, repetitions: int, threads: int, folder: str) -> dict[str, list[float]]:
+def timed(layers: int, width: int, repetitions: int, threads: int, folder: str) -> dict[str, list[float]]:
     """A job: seconds of steps, of torch.save, of the stall, until a checkpoint is complete, and what is lost by then;
     and the bytes of a checkpoint."""
     from megagpt2.checkpoint.saver import Saver
@@ -36,7 +36,7 @@ def timed(layers: int, repetitions: int, threads: int, folder: str) -> dict[str,
     from tests.support.train import start
 
     torch.set_num_threads(threads)
-    engine, step, batches = start(preset_117m(layers, sequences=2, length=256, micro_batch=2))
+    engine, step, batches = start(preset_117m(layers, width, sequences=2, length=256, micro_batch=2))
     load_state(engine, None)
     material = Material(SimpleNamespace(tokens=batches.tokens, manifest=None), None, None)
     saver = Saver(Path(folder) / "checkpoints", engine.topology, None, asynchronous=True)
@@ -81,18 +81,18 @@ def timed(layers: int, repetitions: int, threads: int, folder: str) -> dict[str,
 
 def main() -> int:
     parser = arguments(__doc__, repetitions=3)
-    parser.add_argument("--layers", type=int, default=12, metavar="N")
+    add_size(parser)
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to write (default: the temporary folder)")
     options = parser.parse_args()
     pool = Pool(1)
     try:
         with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-            job = {"repetitions": options.repetitions, "threads": options.threads, "folder": folder}
-            found = pool.run("tools.bench.checkpoint:timed", 1, timeout=1800.0, layers=options.layers, **job)[0]
+            job = {name: getattr(options, name) for name in ("layers", "width", "repetitions", "threads")}
+            found = pool.run("tools.bench.checkpoint:timed", 1, timeout=1800.0, folder=folder, **job)[0]
     finally:
         pool.stop()
     middle = {name: statistics.median(values) for name, values in found.items()}
-    case, save = f"{options.layers} layers fp32", middle["torch.save"]
+    case, save = f"{options.layers} layers of {options.width} fp32", middle["torch.save"]
     report([
         Row("checkpoint", case, "size", middle["bytes"] / 1e9, "GB"),
         Row("checkpoint", case, "step", middle["step"], "s", higher_is_better=False),

@@ -83,13 +83,20 @@ def arguments(description: str, repetitions: int) -> argparse.ArgumentParser:
     return parser
 
 
-def preset_117m(layers: int, sequences: int, length: int, micro_batch: int):
-    """GPT-2's 117M with so many layers, for steps of a few short sequences on CPUs, in fp32."""
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """--layers and --width, of the model of `preset_117m`."""
+    parser.add_argument("--layers", type=int, default=12, metavar="N", help="instead of 12")
+    parser.add_argument("--width", type=int, default=768, metavar="N", help="instead of 768: a multiple of 64")
+
+
+def preset_117m(layers: int, width: int, sequences: int, length: int, micro_batch: int):
+    """GPT-2's 117M with so many layers of another width, for steps of a few short sequences on CPUs, in fp32."""
     from megagpt2.config import load_config
 
     return load_config(ROOT / "configs/gpt2_117m.yaml").replace({
-        "model.layers": layers, "batch.global_batch": sequences, "batch.micro_batch": micro_batch,
-        "batch.sequence_length": length, "training.precision": "fp32", "training.device": "cpu",
+        "model.layers": layers, "model.width": width, "model.heads": width // 64,
+        "batch.global_batch": sequences, "batch.micro_batch": micro_batch, "batch.sequence_length": length,
+        "training.precision": "fp32", "training.device": "cpu",
         "validation.every": 0, "monitor.sample_every": 0,
     })
 
