@@ -370,8 +370,9 @@ static MEGAGPT2_INLINE float largest(Float x) {
   return even > odd ? even : odd;
 }
 
-// Calls pair(i, left, k) for every pair of n elements, which has its first `left` ones: kPair, but for the last. Sums of
-// pairs with other k's are made side by side, as many with any vectors, so that long rows are as exact with all of them.
+// Calls pair(i, left, k) for every pair of n elements: from element i on it has `left`, kPair but for the last. What
+// pairs of one k make can be added up beside that of others, in as many sums with any vectors, so that long rows are as
+// exact with all of them.
 constexpr int kSideBySide = 32 / kPair;
 template <typename OfPair>
 static MEGAGPT2_INLINE void for_each_pair(int64_t n, const OfPair& pair) {

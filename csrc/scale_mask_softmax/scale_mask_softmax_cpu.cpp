@@ -29,8 +29,11 @@ int64_t query_of(int64_t turn, int64_t query) {
   return taken * kQueriesTogether + turn % kQueriesTogether;
 }
 
+// A row: number * key is where it begins in a contiguous tensor.
 struct Place {
   int64_t number, b, h, q;
+
+  int64_t in(const Strides& strides) const { return strides.row(b, h, q); }
 };
 
 // Calls row(place, ahead, task) for every row: `ahead` is where this thread is kRowsAhead rows later, `task` what
@@ -98,10 +101,10 @@ void forward(
   };
   for_each_row(shape, make_buffers, [&](const Place& place, const Place& ahead, Buffers& buffers) {
     const int64_t n = shape.visible(place.q), at = place.number * shape.key;
-    const uint8_t* hidden = flags ? packed_flags(flags + masks.row(place.b, place.h, place.q), masks.key, n, buffers.flags) : nullptr;
+    const uint8_t* hidden = flags ? packed_flags(flags + place.in(masks), masks.key, n, buffers.flags) : nullptr;
     const WeightDropout drop = draw(dropout, place.number, n, buffers.bits);
     forward_row(
-        x + from.row(place.b, place.h, place.q), Ahead<T>{x + from.row(ahead.b, ahead.h, ahead.q), shape.visible(ahead.q)}, hidden, results + at, past,
+        x + place.in(from), Ahead<T>{x + ahead.in(from), shape.visible(ahead.q)}, hidden, results + at, past,
         drop.drawn ? undropped + at : nullptr, n, shape.key, exponent, buffers.row.data(), drop);
   });
 }
@@ -123,8 +126,8 @@ void backward(
   for_each_row(shape, make_task, [&](const Place& place, const Place& ahead, Task& task) {
     const int64_t n = shape.visible(place.q), m = shape.visible(ahead.q);
     backward_row(
-        gradients + from.row(place.b, place.h, place.q), p + kept.row(place.b, place.h, place.q), Ahead<T>{gradients + from.row(ahead.b, ahead.h, ahead.q), m},
-        Ahead<T>{p + kept.row(ahead.b, ahead.h, ahead.q), m}, results + place.number * shape.key, past, n, shape.key, scale,
+        gradients + place.in(from), p + place.in(kept), Ahead<T>{gradients + ahead.in(from), m},
+        Ahead<T>{p + ahead.in(kept), m}, results + place.number * shape.key, past, n, shape.key, scale,
         draw(dropout, place.number, n, task.bits));
   });
 }

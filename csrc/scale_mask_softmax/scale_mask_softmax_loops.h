@@ -41,8 +41,8 @@ static MEGAGPT2_INLINE float largest_score(const T* x, const uint8_t* hidden, in
 }
 
 // buffer = 2^(size * (score - most)), which is 0 where the score is -inf and `most` is not; returns the sum. The largest
-// comes out as 2^0, however large the scores are. This is most of the work: meanwhile the scores of a row to come are fetched,
-// since half rows are too short for the processor to foresee.
+// comes out as 2^0, however large the scores are. This is most of the work: meanwhile the scores of a row to come are
+// fetched, since half rows are too short for the processor to foresee.
 template <bool masked, typename T>
 static MEGAGPT2_INLINE float exponentials(
     const T* x, Ahead<T> ahead, const uint8_t* hidden, int64_t n, float sign, Factor size, float most, float* buffer) {
