@@ -65,7 +65,7 @@ static MEGAGPT2_INLINE void residual_backward_row_to(
 }
 
 // dx = dropout(dz), and d_bias [n], in the order of pairs of T, grows by it. Without drawn bits dx is dz, and is not
-// written: it may be null. What lies at `ahead` is fetched meanwhile.
+// written: it may be null. What lies at `ahead` is fetched meanwhile; dz itself where nothing is to be.
 template <typename T>
 static MEGAGPT2_INLINE void residual_backward_row(
     const T* dz, const T* ahead, const uint16_t* drawn, uint32_t threshold, float scale, T* dx, bool past, float* d_bias,

@@ -347,6 +347,7 @@ typedef float Four __attribute__((vector_size(16)));
 template <typename Together>
 static MEGAGPT2_INLINE Four fold(Float x, const Together& together) {
 #if MEGAGPT2_WIDTH == 4
+  (void)together;
   return x;
 #else
 #if MEGAGPT2_WIDTH == 16
@@ -399,8 +400,8 @@ static MEGAGPT2_INLINE Float product_minus(Float x, float factor, Float n) {
 #endif
 }
 
-// Exponentials come in two degrees of exactness, by what their results become: numbers of 32 bits, to about 1 unit in the
-// last place, or of 16, to 1e-5 of themselves.
+// Exponentials come in two degrees of exactness, by what their results become: numbers of 32 bits, to 1.6 units in the last
+// place, or of 16, to 1e-5 of themselves.
 template <typename T>
 constexpr bool kOf32Bits = sizeof(T) == 4;
 

@@ -1,5 +1,7 @@
 #include "dropout/row_dropout.h"
 
+#include <algorithm>
+
 #include "dropout/dropout.h"
 #include "philox/arguments.h"
 
@@ -17,7 +19,7 @@ DropoutArguments dropout_arguments(
   rows.key = make_key(key0, key1);
   rows.start = start;
   rows.width = x.size(x.dim() - 1);
-  rows.rows_per_sample = x.numel() == 0 ? 1 : x.numel() / (x.size(0) * rows.width);
+  for (int64_t i = 1; i + 1 < x.dim(); ++i) rows.rows_per_sample *= std::max<int64_t>(x.size(i), 1);
   const Kept rounded = kept(probability);
   rows.threshold = rounded.threshold;
   rows.scale = static_cast<float>(rounded.scale);

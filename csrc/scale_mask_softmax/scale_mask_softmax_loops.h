@@ -165,7 +165,7 @@ static MEGAGPT2_INLINE void backward_row_to(
   fetch_beyond(dy_ahead, n);
   fetch_beyond(weights_ahead, n);
   const float product = sum_of_pairs(totals);
-  const bool finite = product - product == 0.0f;  // else 0 weights need care: 0 times infinity is NaN
+  const bool finite = product - product == 0.0f && scale - scale == 0.0f;  // else 0 weights need care: 0 inf is NaN
   for_each_pair(n, [&](int64_t i, int64_t left, int) MEGAGPT2_INLINED {
     const Pair p = load_pair(weights + i, left);
     const Pair d = (upstream(dy, p, i, left, dropout) - product) * p * scale;

@@ -127,7 +127,7 @@ def _local(targets: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
 
 
 def _tokens_at_a_time(tokens: int, rows: int) -> int:
-    """Tokens of a chunk: chunks are about as large, the same on every rank, and whole blocks where there is room."""
+    """Tokens of a chunk but the last: few chunks, as even as blocks of tokens allow, the same on every rank."""
     most = max(1, _CHUNK_ELEMENTS // rows)
     block = _TOKENS_OF_A_BLOCK if most >= _TOKENS_OF_A_BLOCK else 1
     chunks = max(1, -(-tokens // (most // block * block)))

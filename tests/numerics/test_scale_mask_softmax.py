@@ -292,6 +292,26 @@ def test_small_weights_are_exact_in_proportion():
 
 
 @compiled
+def test_rows_without_keys_have_samples_too():
+    """A million rows: the numbers of samples that aren't there would lie in memory that isn't there."""
+    dropout = WeightDropout(torch.arange(1), KEY, 0.1)
+    scores = torch.empty(1, 1, 1_000_000, 0, requires_grad=True)
+    y = scale_mask_softmax(scores, 1.0, dropout=dropout)
+    y.backward(torch.empty(scores.shape))
+    assert y.shape == scores.grad.shape == scores.shape
+
+
+@compiled
+@pytest.mark.parametrize("scale", [math.inf, math.nan])
+def test_a_query_that_sees_nothing_has_no_gradient_whatever_the_scale(scale):
+    scores, mask = torch.randn(1, 1, 2, 40), torch.tensor([[True], [False]]).expand(2, 40)
+    function = partial(scale_mask_softmax, scale=scale, mask=mask)
+    y, gradient = with_gradients(function, [scores], torch.randn(1, 1, 2, 40))
+    assert not y[..., 0, :].any() and not gradient[..., 0, :].any()
+    assert y[..., 1, :].isnan().any()
+
+
+@compiled
 @devices
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_the_same_bits_every_time(device, dtype):
