@@ -38,7 +38,7 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
         mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never. (2 GB, the largest that it can be, is less than an eager head frees)
 
 
 @dataclass(frozen=True)
