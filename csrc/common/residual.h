@@ -2,10 +2,6 @@
 // variants.h. `drawn` are the row's random bits; without them (null) nothing is dropped. A dropped x counts for
 // nothing, whatever it is.
 
-static MEGAGPT2_INLINE Float dropped(Float x, Word drawn, uint32_t threshold, float scale) {
-  return choose(drawn >= threshold, x * scale, Float{});
-}
-
 // bias: n floats in the order of pairs of T, zeros where there is none.
 template <typename T, typename To>
 static MEGAGPT2_INLINE void residual_row_to(
@@ -13,13 +9,9 @@ static MEGAGPT2_INLINE void residual_row_to(
     int64_t n) {
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) {
-    const Pair a = load_pair(x + i), b = load_pair(bias + i), stream = load_pair(residual + i);
-    Pair h = {a.first + b.first, a.second + b.second};
-    if (drawn) {
-      const WordPair words = load_drawn_pair<T>(drawn + i);
-      h = {dropped(h.first, words.first, threshold, scale), dropped(h.second, words.second, threshold, scale)};
-    }
-    store_clean(z + i, Pair{stream.first + h.first, stream.second + h.second});
+    Pair h = load_pair(x + i) + load_pair(bias + i);
+    if (drawn) h = dropped(h, load_drawn_pair<T>(drawn + i), threshold, scale);
+    store_clean(z + i, load_pair(residual + i) + h);
   }
   for (; i < n; i += kWidth) {
     const int64_t left = n - i < kWidth ? n - i : kWidth;
@@ -46,12 +38,10 @@ static MEGAGPT2_INLINE void residual_backward_row_to(
     fetch_pair(ahead + i);
     Pair d = load_pair(dz + i);
     if (drawn) {
-      const WordPair words = load_drawn_pair<T>(drawn + i);
-      d = {dropped(d.first, words.first, threshold, scale), dropped(d.second, words.second, threshold, scale)};
+      d = dropped(d, load_drawn_pair<T>(drawn + i), threshold, scale);
       store_clean(dx + i, d);
     }
-    store(d_bias + i, load(d_bias + i) + d.first);
-    store(d_bias + i + kWidth, load(d_bias + i + kWidth) + d.second);
+    store_clean(d_bias + i, load_pair(d_bias + i) + d);
   }
   for (; i < n; i += kWidth) {
     const int64_t left = n - i < kWidth ? n - i : kWidth;

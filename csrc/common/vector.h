@@ -209,13 +209,22 @@ static MEGAGPT2_INLINE Pair load_pair(const BFloat16* p) {
   const Word both = *(const AnyWord*)p;
   return {floats(both << 16), floats(both & 0xFFFF0000u)};
 }
-// The first n elements, for any n > 0; what is not there reads as 0.
-template <typename T>
-static MEGAGPT2_INLINE Pair load_pair(const T* p, int64_t n) {
-  if (n >= kPair) return load_pair(p);
+// What load_whole(p) makes of a pair, of which only the first n > 0 elements may be there: the others read as 0.
+template <typename T, typename LoadWhole>
+static MEGAGPT2_INLINE auto load_first(const T* p, int64_t n, const LoadWhole& load_whole) {
+  if (n >= kPair) return load_whole(p);
   T part[kPair];
   take<kPair>(part, p, n);
-  return load_pair(part);
+  return load_whole((const T*)part);
+}
+template <typename T>
+static MEGAGPT2_INLINE Pair load_pair(const T* p, int64_t n) {
+  return load_first(p, n, [](const T* whole) MEGAGPT2_INLINED { return load_pair(whole); });
+}
+template <typename T>
+static MEGAGPT2_INLINE Pair load_pair(const T* p, int64_t n, float otherwise) {
+  const Pair x = load_pair(p, n);
+  return n < kPair ? choose(first_of_pair<T>(n), x, all_of_pair(otherwise)) : x;
 }
 template <typename T>
 static MEGAGPT2_INLINE void store_clean(T* p, Pair x) {
@@ -320,10 +329,15 @@ static MEGAGPT2_INLINE WordPair load_drawn_pair(const uint16_t* p) {
 }
 template <typename T>
 static MEGAGPT2_INLINE WordPair load_drawn_pair(const uint16_t* p, int64_t n) {
-  if (n >= kPair) return load_drawn_pair<T>(p);
-  uint16_t part[kPair];
-  take<kPair>(part, p, n);
-  return load_drawn_pair<T>(part);
+  return load_first(p, n, [](const uint16_t* whole) MEGAGPT2_INLINED { return load_drawn_pair<T>(whole); });
+}
+
+// x scale where it is kept, else 0, whatever x is.
+static MEGAGPT2_INLINE Float dropped(Float x, Word drawn, uint32_t threshold, float scale) {
+  return choose(drawn >= threshold, x * scale, Float{});
+}
+static MEGAGPT2_INLINE Pair dropped(Pair x, WordPair drawn, uint32_t threshold, float scale) {
+  return {dropped(x.first, drawn.first, threshold, scale), dropped(x.second, drawn.second, threshold, scale)};
 }
 
 // Which bools are true, of a pair of T's.
@@ -335,10 +349,7 @@ static MEGAGPT2_INLINE IntPair load_flags_pair(const uint8_t* p) {
 }
 template <typename T>
 static MEGAGPT2_INLINE IntPair load_flags_pair(const uint8_t* p, int64_t n) {
-  if (n >= kPair) return load_flags_pair<T>(p);
-  uint8_t part[kPair];
-  take<kPair>(part, p, n);
-  return load_flags_pair<T>(part);
+  return load_first(p, n, [](const uint8_t* whole) MEGAGPT2_INLINED { return load_flags_pair<T>(whole); });
 }
 
 // Halves of a vector are put together until four lanes are left: in registers, as through memory it takes longer than the
@@ -386,6 +397,15 @@ static MEGAGPT2_INLINE void for_each_pair(int64_t n, const OfPair& pair) {
 static MEGAGPT2_INLINE float sum_of_pairs(Pair* totals) {
   for (int k = 1; k < kSideBySide; ++k) totals[0] = totals[0] + totals[k];
   return sum(totals[0].first + totals[0].second);
+}
+// The largest of score(i, left), made of every pair of n elements; -inf where there is none. A NaN is left out.
+template <typename Score>
+static MEGAGPT2_INLINE float largest_of_pairs(int64_t n, const Score& score) {
+  Pair most[kSideBySide];
+  for (Pair& m : most) m = all_of_pair(-__builtin_inff());
+  for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED { most[k] = greater(score(i, left), most[k]); });
+  for (int k = 1; k < kSideBySide; ++k) most[0] = greater(most[0], most[k]);
+  return largest(greater(most[0].first, most[0].second));
 }
 
 // x factor - n for the integer n that is nearest to the product, which isn't rounded on the way. Processors do it at once;
@@ -445,12 +465,16 @@ static MEGAGPT2_INLINE Float power_of_two(Float x, Factor factor, float smallest
   const Power found = power<of_32_bits>(greater(all(smallest), x), factor);
   return choose(x < smallest, Float{}, found.fraction * floats(found.whole << 23));
 }
+template <bool of_32_bits>
+static MEGAGPT2_INLINE Pair power_of_two(Pair x, Factor factor, float smallest) {
+  return {power_of_two<of_32_bits>(x.first, factor, smallest), power_of_two<of_32_bits>(x.second, factor, smallest)};
+}
 
 constexpr Factor kLog2E = {1.44269502162933349609375f, 1.92596299112661746887e-8f};
 
 // e^x, for an x that is 0 or below, or hardly above; 0 below -87.6.
-template <bool of_32_bits>
-static MEGAGPT2_INLINE Float exponential_below(Float x) {
+template <bool of_32_bits, typename Vector>
+static MEGAGPT2_INLINE Vector exponential_below(Vector x) {
   return power_of_two<of_32_bits>(x, kLog2E, -87.6f);
 }
 

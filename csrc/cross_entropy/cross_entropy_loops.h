@@ -4,17 +4,9 @@ constexpr int64_t kPiece = 2048;  // logits whose maximum and exponentials are m
 
 template <typename T>
 static MEGAGPT2_INLINE float largest_of(const T* x, int64_t n) {
-  const Pair none = all_of_pair(-__builtin_inff());
-  Pair peaks[2] = {none, none};
-  int64_t i = 0;
-  for (; i + 2 * kPair <= n; i += 2 * kPair)
-    for (int k = 0; k < 2; ++k) peaks[k] = greater(load_pair(x + i + k * kPair), peaks[k]);
-  for (; i < n; i += kPair) {
-    const int64_t left = n - i;
-    peaks[0] = greater(choose(first_of_pair<T>(left), load_pair(x + i, left), none), peaks[0]);
-  }
-  const Pair found = greater(peaks[0], peaks[1]);
-  return largest(greater(found.first, found.second));
+  return largest_of_pairs(n, [&](int64_t i, int64_t left) MEGAGPT2_INLINED {
+    return load_pair(x + i, left, -__builtin_inff());
+  });
 }
 
 // The loss is a number of 32 bits, whatever the logits are.
@@ -22,9 +14,7 @@ template <typename T>
 static MEGAGPT2_INLINE float sum_of_exponentials(const T* x, int64_t n, float peak) {
   Pair totals[kSideBySide] = {};
   for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED {
-    const Pair below = load_pair(x + i, left) - peak;
-    const Pair e = {exponential_below<true>(below.first), exponential_below<true>(below.second)};
-    totals[k] = totals[k] + (left < kPair ? choose(first_of_pair<T>(left), e, Pair{}) : e);
+    totals[k] = totals[k] + exponential_below<true>(load_pair(x + i, left, -__builtin_inff()) - peak);
   });
   return sum_of_pairs(totals);
 }
@@ -64,8 +54,7 @@ void gradient_rows(
     const bool mine = word >= 0 && word < words;
     const Float kept = mine ? load(logits + word, 1) : Float{};  // the 1 is subtracted before the rounding to T
     for_each_pair(words, [&](int64_t i, int64_t left, int) MEGAGPT2_INLINED {
-      const Pair below = load_pair(logits + i, left) - peak;
-      const Pair e = {exponential_below<kOf32Bits<T>>(below.first), exponential_below<kOf32Bits<T>>(below.second)};
+      const Pair e = exponential_below<kOf32Bits<T>>(load_pair(logits + i, left) - peak);
       store_clean(logits + i, e * scale, left);
     });
     if (mine) store(logits + word, exponential_below<kOf32Bits<T>>(kept - peak) * scale - factor, 1);

@@ -31,13 +31,9 @@ static MEGAGPT2_INLINE Pair visible_scores(const T* x, const uint8_t* hidden, in
 // The largest of them; -inf where there is none. A NaN is left out here: it shows in the exponentials.
 template <bool masked, typename T>
 static MEGAGPT2_INLINE float largest_score(const T* x, const uint8_t* hidden, int64_t n, float sign) {
-  Pair most[kSideBySide];
-  for (Pair& m : most) m = all_of_pair(-__builtin_inff());
-  for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED {
-    most[k] = greater(visible_scores<masked>(x, hidden, i, left, sign), most[k]);
+  return largest_of_pairs(n, [&](int64_t i, int64_t left) MEGAGPT2_INLINED {
+    return visible_scores<masked>(x, hidden, i, left, sign);
   });
-  for (int k = 1; k < kSideBySide; ++k) most[0] = greater(most[0], most[k]);
-  return largest(greater(most[0].first, most[0].second));
 }
 
 // buffer = 2^(size * (score - most)), which is 0 where the score is -inf and `most` is not; returns the sum. The largest
@@ -51,11 +47,8 @@ static MEGAGPT2_INLINE float exponentials(
   for_each_pair(n, [&](int64_t i, int64_t left, int k) MEGAGPT2_INLINED {
     fetch_beside(ahead, i);
     const Pair below = visible_scores<masked>(x, hidden, i, left, sign) - most;
-    const Pair e = {
-        power_of_two<kOf32Bits<T>>(below.first, size, smallest),
-        power_of_two<kOf32Bits<T>>(below.second, size, smallest)};
-    store(buffer + i, e.first);
-    store(buffer + i + kWidth, e.second);
+    const Pair e = power_of_two<kOf32Bits<T>>(below, size, smallest);
+    store_clean(buffer + i, e);
     totals[k] = totals[k] + e;
   });
   fetch_beyond(ahead, n);
@@ -73,7 +66,7 @@ static MEGAGPT2_INLINE void store_visible(To y, Pair x, int64_t left, int64_t re
 template <typename T, typename To>
 static MEGAGPT2_INLINE void normalize(const float* buffer, To y, int64_t n, int64_t key, float inverse) {
   for_each_pair(n, [&](int64_t i, int64_t left, int) MEGAGPT2_INLINED {
-    store_visible<T>(y + i, Pair{load(buffer + i), load(buffer + i + kWidth)} * inverse, left, key - i);
+    store_visible<T>(y + i, load_pair(buffer + i) * inverse, left, key - i);
   });
   zero(y, whole_pairs(n), key);
 }
@@ -83,11 +76,10 @@ template <typename T, typename To>
 static MEGAGPT2_INLINE void normalize_and_drop(
     const float* buffer, To y, To weights, int64_t n, int64_t key, float inverse, const WeightDropout& dropout) {
   for_each_pair(n, [&](int64_t i, int64_t left, int) MEGAGPT2_INLINED {
-    const Pair p = Pair{load(buffer + i), load(buffer + i + kWidth)} * inverse;
+    const Pair p = load_pair(buffer + i) * inverse;
     store_visible<T>(weights + i, p, left, key - i);
     const WordPair drawn = load_drawn_pair<T>(dropout.drawn + i, left);
-    const IntPair kept = {drawn.first >= dropout.threshold, drawn.second >= dropout.threshold};
-    store_visible<T>(y + i, choose(kept, p * dropout.scale, Pair{}), left, key - i);
+    store_visible<T>(y + i, dropped(p, drawn, dropout.threshold, dropout.scale), left, key - i);
   });
   zero(weights, whole_pairs(n), key);
   zero(y, whole_pairs(n), key);
@@ -145,9 +137,7 @@ template <typename T>
 static MEGAGPT2_INLINE Pair upstream(const T* dy, Pair p, int64_t i, int64_t left, const WeightDropout& dropout) {
   const Pair g = choose(p == 0.0f, Pair{}, load_pair(dy + i, left));
   if (!dropout.drawn) return g;
-  const WordPair drawn = load_drawn_pair<T>(dropout.drawn + i, left);
-  const IntPair kept = {drawn.first >= dropout.threshold, drawn.second >= dropout.threshold};
-  return choose(kept, g * dropout.scale, Pair{});
+  return dropped(g, load_drawn_pair<T>(dropout.drawn + i, left), dropout.threshold, dropout.scale);
 }
 
 //     dx = scale p (g - sum(g p))
